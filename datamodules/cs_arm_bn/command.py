@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 import yaml
 
+from fulgurite.datamodules.cs_arm_bn.sources import refuse_shared_files
 from fulgurite.datamodules.cs_arm_bn.table import PlateTable
 from fulgurite.datamodules.cs_arm_bn.table_files import read_table
 from fulgurite.datamodules.cs_arm_bn.tables import CsvPlates, ImageFiles
@@ -103,6 +104,7 @@ def check_plates(
             )
     source = CsvPlates(path, channels, classes=classes, files=files, exclude=list(exclude))
     table = source.load()
+    refuse_shared_files(table)
     names = dict.fromkeys(name for paths in table.paths() for name in paths)
     return table, [name for name in names if "://" not in name and not os.path.isfile(name)]
 

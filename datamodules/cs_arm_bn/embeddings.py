@@ -6,6 +6,7 @@ Shapes: R rows of the plate table, E rows of the file, D numbers of an embedding
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,12 @@ __all__ = ["EmbeddedPlates", "KeepEmbedding", "read_embeddings"]
 _KEYS = ("source", "batch", "plate", "well", "site")
 _REQUIRED = ("plate", "well", "site")
 _ROW = "row"
+# columns of numbers that tables hold besides, of which the label would be the worst to learn from
+_NO_NUMBERS = (
+    *("label", "labels", "class", "class_id", "target", "role", "domain", "lab", "official"),
+    *("split", "fold", "index", "level_0", "imagenumber", "objectnumber", "tablenumber"),
+)
+_NO_NUMBERS_START = ("unnamed:", "metadata", "path_")
 _OPTION = "--data.init_args.source.init_args"
 
 
@@ -68,7 +75,7 @@ class _EmbeddingReader(SiteReader):
     def __call__(self, paths: Sequence[str]) -> NDArray[Any]:
         """Return an embedding as an image of one pixel. Shape: (D, 1, 1)."""
         if self._values is None:
-            self._values = read_embeddings(self.path)[1]
+            self._values = read_embeddings(self.path).values
         embedding: NDArray[np.float32] = self._values[int(paths[0].rpartition("#")[2])]
         return embedding[:, None, None]
 
@@ -86,10 +93,11 @@ class EmbeddedPlates(PlateSource):
 
     The file (``.npz`` or ``.parquet``) has one row for each site. It names the site by ``plate``,
     ``well`` and ``site``, with ``source`` and ``batch`` where plates of several share a name; or by
-    ``row``, the number of the row in the plate table, from 0. An npz holds them as arrays beside
-    ``embeddings`` (E, D); a parquet file has them as columns beside one column of lists
-    ``embedding``, or all its other columns are the numbers. Rows of sites that the table does not
-    have are ignored and counted; wells A1 and A01 are the same.
+    ``row``, the number of the row in the plate table, from 0, if no site of it is left out. An npz
+    holds them as arrays beside ``embeddings`` (E, D); a parquet file has them as columns beside one
+    column of lists ``embedding``, or all its other columns are the numbers, whose names a
+    checkpoint remembers (``label``, ``Metadata_…`` and the like are refused). Rows of sites that
+    the table does not have are ignored and counted; wells A1 and A01 are the same.
 
     An embedding is served as an image of D channels and one pixel, so that every option of the
     data module and every method works; images need not exist.
@@ -115,7 +123,7 @@ class EmbeddedPlates(PlateSource):
         self.source = source
         self.embeddings = embeddings
         self.exclude = check_exclude(exclude, ("missing_embedding",), "source.init_args.exclude")
-        self._read: tuple[pd.DataFrame, NDArray[np.float32]] | None = None
+        self._read: Embeddings | None = None
 
     @property
     def path(self) -> Path:
@@ -129,8 +137,8 @@ class EmbeddedPlates(PlateSource):
 
     @property
     def channels(self) -> tuple[str, ...]:
-        """Names of the numbers of an embedding."""
-        return tuple(f"embedding {number}" for number in range(self._read_file()[1].shape[1]))
+        """Names of the numbers of an embedding: those of their columns, where they have some."""
+        return self._read_file().names
 
     @property
     def preprocess(self) -> Preprocess:
@@ -146,7 +154,7 @@ class EmbeddedPlates(PlateSource):
         """Prepare the plates."""
         self.source.prepare()
 
-    def _read_file(self) -> tuple[pd.DataFrame, NDArray[np.float32]]:
+    def _read_file(self) -> Embeddings:
         if self._read is None:
             self._read = read_embeddings(self.path)
         return self._read
@@ -161,7 +169,7 @@ class EmbeddedPlates(PlateSource):
             DataError: A site has no embedding in the file, or two.
         """
         table = self.source.load()
-        keys, values = self._read_file()
+        keys, values = self._read_file().keys, self._read_file().values
         rows = (
             self._match_rows_by_number(keys, table)
             if _ROW in keys
@@ -190,11 +198,16 @@ class EmbeddedPlates(PlateSource):
         notes = (*table.notes, f"embeddings of {values.shape[1]} numbers from {self.path}")
         if unused := len(values) - len(np.unique(rows)):
             notes = (*notes, f"{unused} rows of it are of no site of the table")
-        channels = tuple(f"embedding {number}" for number in range(values.shape[1]))
-        return PlateTable(frame, table.class_names, channels, table.excluded, notes=notes)
+        return PlateTable(frame, table.class_names, self.channels, table.excluded, notes=notes)
 
     def _match_rows_by_number(self, keys: pd.DataFrame, table: PlateTable) -> NDArray[np.int64]:
         """Return the row of the file for each row of the table; -1 for none. Shape: (R,)."""
+        if left_out := sum(exclusion.count for exclusion in table.excluded):
+            raise DataError(
+                f"The column `row` of {self.path} numbers the sites of the plate table, of which "
+                f"{left_out} are left out, so that others have their numbers.",
+                f"Name sites by {', '.join(_REQUIRED)}, or remove these from the table.",
+            )
         numbers = keys[_ROW].to_numpy()
         if numbers.dtype.kind not in "iu" or (numbers < 0).any() or (numbers >= len(table)).any():
             raise DataError(
@@ -235,17 +248,30 @@ class EmbeddedPlates(PlateSource):
             )
 
 
-def read_embeddings(path: Path) -> tuple[pd.DataFrame, NDArray[np.float32]]:
+@dataclass(frozen=True)
+class Embeddings:
+    """A file of embeddings.
+
+    Attributes:
+        keys: Keys of each row as text (``row`` as a number).
+        values: Embeddings. Shape: (E, D).
+        names: Names of the D numbers.
+    """
+
+    keys: pd.DataFrame
+    values: NDArray[np.float32]
+    names: tuple[str, ...]
+
+
+def read_embeddings(path: Path) -> Embeddings:
     """Read a file of embeddings.
 
     Args:
         path: File of type ``.npz`` or ``.parquet``; see :class:`EmbeddedPlates`.
 
-    Returns:
-        The keys of each row as text (``row`` as a number), and the embeddings. Shape: (E, D).
-
     Raises:
-        DataError: The file is damaged, or lacks the keys or the embeddings.
+        DataError: The file is damaged, lacks the keys or the embeddings, or has columns of other
+            numbers.
         MissingExtraError: The file is parquet, and pyarrow is not installed.
     """
     import pandas as pd
@@ -265,36 +291,56 @@ def read_embeddings(path: Path) -> tuple[pd.DataFrame, NDArray[np.float32]]:
             names = [name for name in (*_KEYS, _ROW) if name in arrays]
             if values is None or any(arrays[n].shape != values.shape[:1] for n in names):
                 raise ValueError("it has no array `embeddings` (E, D) with keys of (E,)")
-            keys = pd.DataFrame({name: arrays[name] for name in names})
+            keys, columns = pd.DataFrame({name: arrays[name] for name in names}), ()
         else:
             check_parquet(path)
-            keys, values = _split_table(pd.read_parquet(path))
+            keys, values, columns = _split_table(pd.read_parquet(path))
         if values.ndim != 2 or values.dtype.kind not in "fiu" or not values.size:
             raise ValueError(f"the embeddings are {values.shape} {values.dtype}, not (E, D)")
-        return _convert_keys(keys), np.ascontiguousarray(values, np.float32)
+        columns = columns or tuple(f"embedding {number}" for number in range(values.shape[1]))
+        return Embeddings(_convert_keys(keys), np.ascontiguousarray(values, np.float32), columns)
 
 
-def _split_table(table: pd.DataFrame) -> tuple[pd.DataFrame, NDArray[Any]]:
-    """Split a table into keys and embeddings: a column of lists, or a column per number."""
+def _split_table(table: pd.DataFrame) -> tuple[pd.DataFrame, NDArray[Any], tuple[str, ...]]:
+    """Split a table into keys and embeddings: a column of lists, or a column per number.
+
+    Returns:
+        The keys, the embeddings, and the names of the columns per number.
+    """
     names = [name for name in (*_KEYS, _ROW) if name in table]
     if "embedding" in table:
+        if (empty := table["embedding"].isna().to_numpy()).any():
+            raise ValueError(f"`embedding` is empty in row {int(empty.argmax())}")
         lengths = table["embedding"].map(len)
         if lengths.nunique() != 1:
             raise ValueError("the lists in `embedding` differ in length")
-        return table[names], np.stack([np.asarray(row) for row in table["embedding"]])
+        return table[names], np.stack([np.asarray(row) for row in table["embedding"]]), ()
     numbers = table.drop(columns=names)
+    columns = tuple(map(str, numbers))
+    if others := [c for c in columns if _is_no_number(c)]:
+        raise ValueError(
+            f"the columns {name_some(others, 3)} are no numbers of an embedding by their names: "
+            "leave them out, or give the numbers as one column of lists `embedding`"
+        )
     if wrong := [str(c) for c in numbers if numbers[c].dtype.kind not in "fiu"]:
         raise ValueError(f"the columns {name_some(wrong, 3)} are no numbers of an embedding")
-    return table[names], numbers.to_numpy()
+    return table[names], numbers.to_numpy(), columns
+
+
+def _is_no_number(column: str) -> bool:
+    name = column.casefold()
+    return name in _NO_NUMBERS or name.startswith(_NO_NUMBERS_START)
 
 
 def _convert_keys(keys: pd.DataFrame) -> pd.DataFrame:
     """Convert keys to text, whole floats without a decimal point.
 
     Raises:
-        ValueError: A key column is missing, has empty cells, or has fractions.
+        ValueError: A key column is missing, has empty cells or fractions, or is one too many.
     """
     if _ROW in keys:
+        if others := [name for name in keys if name != _ROW]:
+            raise ValueError(f"it has `row` and {others[0]!r} to tell sites by: keep one of them")
         return keys[[_ROW]]
     if absent := [name for name in _REQUIRED if name not in keys]:
         raise ValueError(

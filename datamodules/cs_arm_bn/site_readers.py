@@ -28,7 +28,7 @@ __all__ = ["LEAVE_OUT", "FileReader", "SiteReader"]
 _MAX_REMOTE_BYTES = 256 << 20  # largest file that is fetched [bytes]
 _ANY_DEPTH = (
     "Or, with CsvPlates, take all its planes for channels and indices for values: "
-    "`--data.init_args.source.init_args.any_depth=true`."
+    "`--data.init_args.source.init_args.files.any_depth=true`."
 )
 #: How sites that cannot be read are left out, as the end of a hint.
 LEAVE_OUT = "Or leave such sites out: `--data.init_args.exclude+=unreadable`."
@@ -46,8 +46,8 @@ def _open_source(path: str, remote: Sequence[str]) -> tuple[IO[bytes], int]:
             raise DataError(
                 f"The table of plates names the address {path}, and may name files only.",
                 "If the table is to be trusted, allow the address: "
-                "`--data.init_args.source.init_args.remote=[s3://BUCKET/]` (of JumpPlates, "
-                "`prefixes={}` allows the public bucket). Else fetch the images.",
+                "`--data.init_args.source.init_args.files.remote=[s3://BUCKET/]` (of JumpPlates, "
+                "`files.prefixes={}` allows the public bucket). Else fetch the images.",
             )
         stream: IO[bytes] = _open_remote(path)
         size = stream.seek(0, os.SEEK_END)

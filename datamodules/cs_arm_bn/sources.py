@@ -14,7 +14,7 @@ from fulgurite.datamodules.cs_arm_bn.site_readers import FileReader, SiteReader
 from fulgurite.datamodules.cs_arm_bn.table import PlateTable
 from fulgurite.errors import DataError
 
-__all__ = ["PlateSource", "check_images", "locate"]
+__all__ = ["PlateSource", "check_images", "locate", "refuse_shared_files"]
 
 
 class PlateSource(ABC):
@@ -75,22 +75,46 @@ class PlateSource(ABC):
 
 
 def check_images(table: PlateTable, source: PlateSource) -> None:
-    """Refuse a table if no plate's first image exists.
+    """Refuse a table if no plate's first image exists, or if it names a file for two sites.
 
     The reader reports or excludes single missing files; here the paths are of another machine or
-    relative to another folder. Addresses (``s3://``) are not checked.
+    relative to another folder. Addresses (``s3://``) are not looked for.
 
     Raises:
-        DataError: No plate's first image exists.
+        DataError: No plate's first image exists, or two sites have one file.
     """
+    if not isinstance(source.reader, FileReader):
+        return
     first = np.unique(table.domain, return_index=True)[1]
     files = [paths[0] for paths in table.paths(first.astype(np.int64))]
-    if isinstance(source.reader, FileReader) and not any("://" in f or _is_there(f) for f in files):
+    if not any("://" in f or _is_there(f) for f in files):
         raise DataError(
             f"None of the {len(files)} plates has its first image where the plate table says, "
             f"first {files[0]}.",
             source.describe_fix(files[0]),
         )
+    refuse_shared_files(table)
+
+
+def refuse_shared_files(table: PlateTable) -> None:
+    """Refuse a file of two sites, one of which it is not the image of.
+
+    Raises:
+        DataError: Two sites have one file.
+    """
+    for name in table.path_columns:
+        paths = table.frame[name]
+        if (repeated := paths.duplicated(keep=False)).any():
+            path = paths[repeated].iloc[0]
+            sites = table.frame[paths == path]
+            named = [
+                f"{site.domain} {site.well} site {site.site}" for site in sites[:2].itertuples()
+            ]
+            raise DataError(
+                f"The plate table names {path} for {' and for '.join(named)} "
+                f"({int(repeated.sum())} sites share a file of the column {name!r}).",
+                "Give each site its own image: with one for two, labels of one of them are wrong.",
+            )
 
 
 def _is_there(path: str) -> bool:

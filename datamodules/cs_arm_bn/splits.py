@@ -212,6 +212,13 @@ class HoldOut(Split):
         seed: int = 1234,
     ) -> None:
         amounts = (new_batches, val_batches, new_plates, val_plates, new_wells)
+        if any(isinstance(amount, str) for amount in (new_labs, *amounts)):
+            raise ConfigError(
+                f"The split holds out {new_labs!r}, {new_batches!r}, {val_batches!r}, "
+                f"{new_plates!r} and {val_plates!r}: a name alone is no list.",
+                "Give lists of names under `--data.init_args.split.init_args`, such as "
+                "`new_batches=[b4]`.",
+            )
         if any(not isinstance(amount, list) and amount < 0 for amount in amounts) or not (
             0 <= in_domain < 1
         ):

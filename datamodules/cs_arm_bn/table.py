@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fulgurite.data.exclusions import Exclusion, exclude_hint, name_some
+from fulgurite.data.names import find_alike, find_repeated
 from fulgurite.errors import DataError
 
 if TYPE_CHECKING:
@@ -166,7 +167,8 @@ class PlateTable:
         notes: Notes of the reader for the report.
 
     Raises:
-        DataError: A column is missing, a role, label or path is invalid, or a site is repeated.
+        DataError: A column is missing, a role, label or path is invalid, a site is repeated, or
+            two classes have one name.
 
     Source: docs/papers/cs_arm_bn.md sections 4.1 and 7.1.
 
@@ -189,6 +191,8 @@ class PlateTable:
         notes: Sequence[str] = (),
     ) -> None:
         self.class_names = tuple(class_names)
+        if (name := find_repeated(self.class_names)) is not None:
+            raise DataError(f"Two classes are called {name!r}.", "Give each class its own name.")
         self.channels = tuple(channels)
         self.excluded = tuple(excluded)
         self.notes = tuple(notes)
@@ -246,10 +250,11 @@ class PlateTable:
         if "lab" not in frame.columns:
             frame["lab"] = frame["source"]
         self._check_roles(frame)
-        label = pd.to_numeric(frame["label"], errors="coerce").fillna(-1)
-        wrong = ((label < -1) | (label >= len(self.class_names)) | (label % 1 != 0)) & (
-            frame["role"] == "query"
-        )
+        label = pd.to_numeric(frame["label"], errors="coerce")
+        is_text = label.isna() & frame["label"].notna() & (frame["label"].astype(str) != "")
+        label = label.fillna(-1)
+        wrong = is_text | (label < -1) | (label >= len(self.class_names)) | (label % 1 != 0)
+        wrong &= frame["role"] == "query"
         if wrong.any():
             row = frame[wrong].iloc[0]
             raise DataError(
@@ -394,6 +399,9 @@ class PlateTable:
         if absent := sorted(set(range(len(self.class_names))) - set(self.label[labelled])):
             named = name_some([self.class_names[c] for c in absent])
             lines.append(f"{len(absent)} classes without a query: {named}")
+        for names in find_alike(self.class_names):
+            named = " and ".join(map(repr, names))
+            lines.append(f"classes whose names are alike, and which may be one: {named}")
         if labelled.any() and len(np.unique(self.domain[labelled])) > 1:
             position = frame["well"].factorize()[0].astype(np.int64)[labelled]
             accuracy, chance = position_accuracy(

@@ -85,6 +85,7 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
             table = pd.read_parquet(path).apply(_convert_to_text)
         else:
             table = read_csv(path, dtype=str)
+    table = table.dropna(how="all").reset_index(drop=True)  # spreadsheets leave such rows
     if missing := [name for name in columns if name not in table.columns]:
         raise DataError(
             f"The table {path} has no column {missing[0]!r}.",

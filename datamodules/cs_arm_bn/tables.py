@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 from fulgurite.data.exclusions import Exclusion, check_exclude, exclude_hint, name_some
+from fulgurite.data.names import find_repeated
 from fulgurite.datamodules.cs_arm_bn.preprocess import Preprocess
 from fulgurite.datamodules.cs_arm_bn.site_readers import FileReader, SiteReader
 from fulgurite.datamodules.cs_arm_bn.sources import PlateSource, locate
@@ -74,7 +75,8 @@ class CsvPlates(PlateSource):
             (``same_channel``).
 
     Raises:
-        ConfigError: ``channels`` is empty or has duplicates, or a word in ``exclude`` is unknown.
+        ConfigError: ``channels`` is empty or has duplicates, ``classes`` has duplicates, or a word
+            in ``exclude`` is unknown.
     """
 
     #: What to do about sites that ``exclude`` would leave out.
@@ -102,6 +104,10 @@ class CsvPlates(PlateSource):
             raise ConfigError(
                 f"The channels are {', '.join(channels) or 'none'}.",
                 f"Set `{_OPTION}.channels` to the name of each channel, once.",
+            )
+        if (name := find_repeated(classes or ())) is not None:
+            raise ConfigError(
+                f"The class {name!r} comes twice.", f"Name each class in `{_OPTION}.classes` once."
             )
         self.path = path
         self.classes = classes
@@ -173,8 +179,8 @@ class CsvPlates(PlateSource):
         """Return a hint for missing images: see :meth:`PlateSource.describe_fix`."""
         prefixes = self.files.prefixes | {"/home/USER/plates/": ""}
         return (
-            f"Set `{_OPTION}.root` to the folder where relative paths start, or, where the table "
-            "is of another machine, say what takes the place of the beginning of its paths: "
+            f"Set `{_OPTION}.files.root` to the folder where relative paths start, or, where the "
+            "table is of another machine, say what takes the place of the beginning of its paths: "
             f"`{_OPTION}.files.prefixes={prefixes}`."
         )
 

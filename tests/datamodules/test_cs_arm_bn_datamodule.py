@@ -1,5 +1,6 @@
 """Episodes and the data module: what a batch promises, evaluation, probes, ranks, checkpoints."""
 
+import shutil
 from argparse import ArgumentError
 
 import lightning as L
@@ -553,6 +554,14 @@ def unlabelled(folder, channels=5):
     return str(folder / "plates.csv")
 
 
+def copy_plate(frame, folder):
+    """The plate q of copies of the images."""
+    other = frame.assign(plate="q").replace(r"^(.*\.tiff)$", r"q\1", regex=True)
+    for name in other.filter(like="path").to_numpy().flat:
+        shutil.copy(folder / name[1:], folder / name)
+    return other
+
+
 def test_unlabelled_plates_are_predicted_with_the_statistics_of_training(make, tmp_path):
     trained = make()
     path = unlabelled(tmp_path)
@@ -582,7 +591,7 @@ def test_unlabelled_plates_are_predicted_with_the_statistics_of_training(make, t
 def test_plates_without_controls_stop_or_are_counted(tmp_path):
     path = unlabelled(tmp_path)
     frame = pd.read_csv(path)
-    pd.concat([frame, frame[3:].assign(plate="q")]).to_csv(path, index=False)
+    pd.concat([frame, copy_plate(frame[3:], tmp_path)]).to_csv(path, index=False)
 
     def data(**options):
         source = CsvPlates(path, [str(c) for c in range(5)], classes=["a", "b"])
@@ -632,7 +641,7 @@ def test_plates_that_lose_controls_with_bad_images_are_left_out_too(folder, tmp_
     path = unlabelled(tmp_path)
     frame = pd.read_csv(path)
     columns = [name for name in frame.columns if name.startswith("path")]
-    other = frame.assign(plate="q")
+    other = copy_plate(frame, tmp_path)
     other.loc[other["role"].eq("control").idxmax(), columns[0]] = "half.tiff"
     (tmp_path / "half.tiff").write_bytes((tmp_path / "4-2.tiff").read_bytes()[:-30])
     pd.concat([frame, other]).to_csv(path, index=False)

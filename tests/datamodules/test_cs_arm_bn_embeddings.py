@@ -4,9 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from fulgurite.data.exclusions import Exclusion
 from fulgurite.datamodules.cs_arm_bn import EmbeddedPlates, HoldOut, PlateDataModule, PlateTable
 from fulgurite.datamodules.cs_arm_bn.sources import PlateSource
-from fulgurite.errors import ConfigError, DataError
+from fulgurite.errors import CheckpointError, ConfigError, DataError
 
 D = 6
 
@@ -119,6 +120,7 @@ def changed(name, value):
         (lambda k, v: (pd.DataFrame({"row": np.arange(48) + 1}), v), "does not number the 48"),
         (lambda k, v: (pd.DataFrame({"row": np.arange(48) // 2}), v), "two rows of row 0"),
         (lambda k, v: (k, v[:, 0]), "not .E, D."),
+        (lambda k, v: (k.assign(row=range(48)), v), "`row` and 'plate' to tell sites by"),
         (lambda k, v: (k, np.where(np.arange(48)[:, None] == 3, np.nan, v)), "not finite"),
     ],
 )
@@ -130,6 +132,46 @@ def test_files_that_do_not_fit_are_refused(tmp_path, keys, values, change, says)
 
     with pytest.raises(DataError, match=says):
         use()
+
+
+@pytest.mark.parametrize("name", ["label", "Metadata_Concentration", "Unnamed: 0", "ImageNumber"])
+def test_columns_that_are_no_features_are_refused(tmp_path, keys, values, name):
+    path = write(tmp_path, keys.assign(**{name: np.arange(48) % 2}), values, "parquet of numbers")
+    with pytest.raises(DataError, match=f"columns {name} are no numbers of an embedding"):
+        EmbeddedPlates(Table(), str(path)).load()
+
+
+def test_an_empty_list_is_named(tmp_path, keys, values):
+    lists = [None if row == 7 else value for row, value in enumerate(values)]
+    keys.assign(embedding=lists).to_parquet(tmp_path / "e.parquet")
+    with pytest.raises(DataError, match="`embedding` is empty in row 7"):
+        EmbeddedPlates(Table(), str(tmp_path / "e.parquet")).load()
+
+
+def test_columns_in_another_order_are_other_embeddings(tmp_path, keys, values):
+    path = write(tmp_path, keys, values, "parquet of numbers")
+    data = make_data(path, pixels={"cache": False})
+    data.setup()
+    assert data.source.channels == tuple(f"f{k}" for k in range(D))
+    state = data.state_dict()
+    frame = pd.read_parquet(path)
+    frame[frame.columns[::-1]].to_parquet(path)
+    with pytest.raises(CheckpointError, match=r"channels f0, f1.*these data have f5, f4"):
+        make_data(path).load_state_dict(state)
+
+
+class Shortened(Table):
+    """The plates without their first site."""
+
+    def load(self):
+        first = np.arange(48) == 0
+        return super().load().drop(first, Exclusion("missing_channel", "no path", 0))
+
+
+def test_numbers_of_rows_are_those_of_the_whole_table(tmp_path, values):
+    path = write(tmp_path, pd.DataFrame({"row": np.arange(47)}), values[:47])
+    with pytest.raises(DataError, match="1 are left out, so that others have their numbers"):
+        EmbeddedPlates(Shortened(), str(path)).load()
 
 
 def test_other_files_are_refused(tmp_path):

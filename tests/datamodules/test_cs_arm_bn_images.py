@@ -79,7 +79,7 @@ def test_each_bad_tiff_has_one_error_that_names_it(tmp_path, kind, word):
     assert word in str(error.value)
     assert "--data.init_args.exclude+=unreadable" in error.value.hint
     takes_more = kind in ("eight", "float", "colour", "planes")
-    assert ("init_args.any_depth=true" in error.value.hint) == takes_more
+    assert ("init_args.files.any_depth=true" in error.value.hint) == takes_more
     assert error.value.kind == "unreadable"
 
 

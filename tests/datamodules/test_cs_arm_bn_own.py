@@ -107,6 +107,7 @@ def test_the_template_is_printed_and_overwrites_nothing(fulgurite):
         ({"label": "C"}, ("--classes=[a,b]", "--exclude=x"), "nothing called 'x'"),
         ({"path_DNA": "same", "path_Actin": "same"}, (), "DNA and Actin"),
         ({"path": "a.tif"}, (), "--channels"),
+        ({"path_DNA": "images/P1/A01_s1_DNA.tif"}, (), "P1 A01 site 1 and for mylab|batch1|P1 A03"),
         ({"well": "A2"}, (), "A02 and A2"),
         ({}, ("--prefixes=images",), "--prefixes"),
         ({}, ("--colour=red",), "--help"),

@@ -77,6 +77,8 @@ def test_a_control_has_no_label_whatever_the_table_says():
         (lambda f: f.assign(label=2), "label 2"),
         (lambda f: f.assign(label=0.5), "label 0.5"),
         (lambda f: f.assign(label=-2), "label -2"),
+        (lambda f: f.assign(label="x"), "label x"),
+        (lambda f: f.assign(label=np.inf), "label inf"),
         (lambda f: f.assign(well="A01"), "twice"),
         (lambda f: f.assign(path=["", *f["path"][1:]]), "no path"),
         (lambda f: f.assign(path=[None, *f["path"][1:]]), "no path"),
@@ -100,6 +102,26 @@ def test_unknown_labels_are_allowed_and_reported():
     assert (made.label[:2] == -1).all()
     assert "2 queries without a label" in made.report()
     assert not set(np.concatenate(list(parts(HoldOut().assign(made)).values()))) & {0, 1}
+
+
+def test_classes_have_names_of_their_own():
+    with pytest.raises(DataError, match="Two classes are called 'x'"):
+        PlateTable(rows(), ("x", "x"), ("grey",))
+    with pytest.raises(ConfigError, match="'x' comes twice"):
+        CsvPlates("p.csv", ["grey"], classes=["x", "y", "x"])
+    report = PlateTable(rows(), ("1 µM", "1 \u03bcM"), ("grey",)).report()
+    assert "names are alike, and which may be one: '1 µM' and '1 \u03bcM'" in report
+    assert "alike" not in table().report()
+
+
+def test_a_file_of_two_sites_is_refused(tmp_path):
+    paths = [f"{well}.png" for well in rows(1, 1, 1)["well"]]
+    source = CsvPlates(write_csv(tmp_path, path=[*paths[:-1], paths[0]]), ["grey"])
+    (tmp_path / "A00.png").touch()
+    with pytest.raises(DataError, match=r"A00.png for lab0\|b0\|007 A00 site 1 and for .* B03"):
+        check_images(source.load(), source)
+    source = CsvPlates(write_csv(tmp_path, path=paths), ["grey"])
+    check_images(source.load(), source)
 
 
 def test_plates_with_few_controls_are_named_or_counted():
@@ -221,6 +243,7 @@ def test_a_leaking_split_is_refused():
         (lambda: HoldOut(new_wells=4).assign(table()), DataError, "new_wells"),
         (lambda: HoldOut(in_domain=1.0), ConfigError, "in_domain"),
         (lambda: HoldOut(new_batches=-1), ConfigError, "0 or more"),
+        (lambda: HoldOut(new_batches="b3"), ConfigError, "'b3'.*a name alone is no list"),
         (lambda: GroupFolds(fold=5), ConfigError, "fold"),
         (lambda: GroupFolds(val_fraction=1.0), ConfigError, "val_fraction"),
         (lambda: GroupFolds("lab", 0, 3).assign(table()), DataError, "folds"),
@@ -310,6 +333,16 @@ def test_only_an_empty_cell_is_missing(tmp_path, suffix):
     assert made.domains == ("NA|NA|NA",)
     assert [source.class_names[c] for c in made.label[: len(NAMES)]] == NAMES
     assert made.label[len(NAMES)] == -1
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_rows_without_any_cell_are_none(tmp_path, suffix):
+    frame = pd.read_csv(write_csv(tmp_path), dtype=str)
+    empty = pd.DataFrame([dict.fromkeys(frame.columns)] * 2)
+    path = tmp_path / f"a{suffix}"
+    longer = pd.concat([frame, empty])
+    (longer.to_parquet if suffix == ".parquet" else longer.to_csv)(path, index=False)
+    assert len(CsvPlates(str(path), ["grey"]).load()) == len(frame)
 
 
 def test_parquet_reads_as_csv_does(tmp_path):
@@ -403,17 +436,18 @@ def test_a_well_has_one_spelling(tmp_path):
 def test_paths_of_another_machine_find_the_images(tmp_path):
     images = tmp_path / "images"
     images.mkdir()
-    for name in ("q.png", "c.png"):
+    names = [f"{well}.png" for well in rows(1, 1, 1)["well"]]
+    for name in names:
         (images / name).touch()
-    here = {str(images / "q.png"), str(images / "c.png")}
+    here = {str(images / name) for name in names}
     for start, prefixes in (
         ("/home/someone/plates/", {"/home/someone/plates/": "images/"}),
         ("D:\\plates\\", {"D:\\plates\\": "images\\"}),
         ("images\\", {}),
     ):
-        path = write_csv(tmp_path, path=[start + name for name in rows(1, 1, 1)["path"]])
+        path = write_csv(tmp_path, path=[start + name for name in names])
         source = CsvPlates(path, ["grey"], files={"prefixes": prefixes})
-        assert {name for names in source.load().paths() for name in names} == here
+        assert {name for (name,) in source.load().paths()} == here
         check_images(source.load(), source)
     source = CsvPlates(write_csv(tmp_path, path="/home/someone/q.png"), ["grey"])
     with pytest.raises(DataError, match=r"None of the 1 plates.*/home/someone/q.*root.*prefixes"):
