@@ -226,6 +226,26 @@ def test_identity_of_files_and_folders(tmp_path, monkeypatch):
     assert data_identity(str(tmp_path / "large.bin"), "trainer") == ""
 
 
+@pytest.mark.parametrize("text", ["a.csv", "words", "texts/*.txt"])
+def test_data_here_count_before_those_of_the_folder_of_data(tmp_path, monkeypatch, text):
+    for folder in ("here", "there"):
+        for name in ("a.csv", "words/b.txt", "texts/c.txt"):
+            file = tmp_path / folder / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(folder)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("FULGURITE_DATA", str(tmp_path / "there"))
+    before = data_identity(text, "place")
+    for file in Path().rglob("*.*"):
+        file.write_text("other")
+    assert data_identity(text, "place") != before  # which `data_path` reads
+    for file in Path().rglob("*.*"):
+        file.write_text("here")
+    for file in (tmp_path / "there").rglob("*.*"):
+        file.write_text("other")
+    assert data_identity(text, "place") == before
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

@@ -248,19 +248,27 @@ def data_identity(text: str, role: Role = "data") -> str:
 def _identity_of_path(text: str, role: Role) -> str:
     root = os.environ.get("FULGURITE_DATA")
     path, folder = Path(text).expanduser(), Path(root).expanduser() if root else None
-    if folder is not None and (folder / path).exists():  # an absolute path stays what it is
-        inside = (folder / path).absolute().is_relative_to(folder.absolute())
-        return _path_identity(folder / path) if inside or role != "trainer" else ""
+    there = folder / path if folder is not None else None  # an absolute path stays what it is
+    if there is not None and not there.exists():
+        there = None
     if role == "trainer":
-        return ""
-    # a bare word that is the name of a folder here is mostly something else
-    if path.is_file() or (path.is_dir() and (role == "place" or os.sep in text)):
+        if there is None or folder is None:
+            return ""
+        inside = there.absolute().is_relative_to(folder.absolute())
+        return _path_identity(there) if inside else ""
+    # Here first, as `fulgurite.io.data_path` looks. A bare word that is a folder's name here is
+    # mostly something else, unless there are data of this name, too.
+    is_place = role == "place" or os.sep in text or there is not None
+    if path.is_file() or (path.is_dir() and is_place):
         return _path_identity(path)
+    if there is not None:
+        return _path_identity(there)
     if role == "place" and glob.has_magic(text):
-        names = sorted(glob.iglob(text, root_dir=folder, recursive=True))[:_FOLDER_NAMES]
-        paths = [(folder or Path()) / name for name in names]
-        read = [_path_identity(path) for path in paths[:_FOLDER_CONTENTS]]
-        return digest([names, read]) if names else ""
+        for place in filter(None, (Path(), folder)):
+            names = sorted(glob.iglob(str(path), root_dir=place, recursive=True))[:_FOLDER_NAMES]
+            read = [_path_identity(place / name) for name in names[:_FOLDER_CONTENTS]]
+            if names:
+                return digest([names, read])
     return ""
 
 
