@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fulgurite.data.listing import list_files
+from fulgurite.datamodules.ice_layers.climate.fields import PHYSICS, check_field_units
 from fulgurite.datamodules.ice_layers.flights import StackSource
 from fulgurite.datamodules.ice_layers.generator.synthetic import GeneratedLayerFiles
 from fulgurite.datamodules.ice_layers.readers.koenig import KoenigPicks
@@ -20,6 +21,7 @@ from fulgurite.datamodules.ice_layers.readers.layer_frames import FRAME_NAME
 from fulgurite.datamodules.ice_layers.readers.npz import NpzStacks
 from fulgurite.datamodules.ice_layers.readers.sred import SredMat
 from fulgurite.datamodules.ice_layers.readers.sred_options import SredFolders
+from fulgurite.datamodules.ice_layers.stack import Flights
 from fulgurite.domains.ice_layers.codes import Provenance
 from fulgurite.domains.ice_layers.netcdf import read_netcdf_arrays
 from fulgurite.errors import DataError
@@ -50,6 +52,7 @@ class InputStacks(NpzStacks):
         physics: Names of the physical fields of the training.
         exclude: What to leave out and count, as in training.
         thickest: Largest plausible median thickness, as in training.
+        is_climate: Whether the physical fields are those of a climate model, in its units.
     """
 
     def __init__(
@@ -60,9 +63,10 @@ class InputStacks(NpzStacks):
         *,
         exclude: Sequence[str] = (),
         thickest: float | None = None,
+        is_climate: bool = False,
     ) -> None:
         super().__init__(str(path), layers, list(physics), list(exclude), thickest=thickest)
-        self.path, self.needed = path, layers
+        self.path, self.needed, self.is_climate = path, layers, is_climate
 
     def paths(self) -> list[Path]:
         """The files, sorted."""
@@ -80,6 +84,27 @@ class InputStacks(NpzStacks):
                 self._check_layers(path, content)
                 self._hide_filled(path, content)
             yield path, content
+
+    def load(self) -> Flights:
+        """Return the stacks.
+
+        Raises:
+            DataError: A file is unusable and not to be left out, or a field is in another unit than
+                that of the climate in training.
+        """
+        flights = super().load()
+        if self.is_climate:
+            try:
+                samples = [stack.physics.astype(np.float64) for stack in flights.stacks]
+                check_field_units(samples, self.physics, ("ZN6",))
+            except DataError as error:
+                units = [f"{name} [{PHYSICS[name]}]" for name in self.physics if name in PHYSICS]
+                raise DataError(
+                    f"The stacks at {self.path} have physical fields in other units than those of "
+                    f"the training: {error.problem}",
+                    f"Give {', '.join(units)}.",
+                ) from error
+        return flights
 
     def _check_layers(self, path: Path, content: dict[str, Any]) -> None:
         layers = (
@@ -158,7 +183,8 @@ def find_input_stacks(
         )  # fmt: skip
     if any(name.endswith(_SUFFIXES) for name in names):
         if not isinstance(source, NpzStacks):
-            return InputStacks(path, layers, physics)
+            is_climate = isinstance(source, LayerFiles | KoenigPicks)
+            return InputStacks(path, layers, physics, is_climate=is_climate)
         return InputStacks(path, layers, physics, exclude=exclude, thickest=source.thickest)
     kind = _FILES.get(type(source))
     raise DataError(

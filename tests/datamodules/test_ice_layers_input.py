@@ -4,6 +4,7 @@ import shutil
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
+import netCDF4
 import numpy as np
 import pytest
 import torch
@@ -168,12 +169,25 @@ def write_npz(path, layers, **arrays):
 
 def test_stacks_that_do_not_fit_are_refused_by_name(trained, fresh):
     data = fresh.data
-    state = trained[1].state_dict()
+    source, state = data.source, trained[1].state_dict()
+    names = np.array(state["physics"])
+    fields = np.broadcast_to([0.3, -20.0, 0.1, -0.2, 1.0], (4, 8, 5))  # smb in metres
     for arrays, layers, words in (
         ({}, 5, r"five\.npz has 5 layers, and the network was trained on 8"),
         ({}, 8, r"The physical fields .* of .*five\.npz have shape"),
+        (
+            {"physics": fields},
+            8,
+            r"five\.npz have physical fields in other units .* balance is 0\.3",
+        ),
+        (
+            {"physics": fields, "physics_names": names[::-1]},
+            8,
+            r"snowpack, .*, smb of .*five\.npz are not those of others, smb, st",
+        ),
         ({"provenance": np.zeros((4, 3))}, 8, r"provenance of the stack .*five\.npz has the shape"),
     ):
+        data.source = source
         data.predict_from(write_npz("five.npz", layers, **arrays), state)
         with pytest.raises(DataError, match=words):
             data.setup("predict")
@@ -230,4 +244,9 @@ def test_each_source_reads_its_kind_of_files():
     with pytest.raises(DataError, match="--input=sred holds no stack that can be completed"):
         find("sred", OwnStacks())
     write_npz("own.npz", 7)
+    with netCDF4.Dataset("climate.nc", "w") as file:
+        file.createDimension("TIME", 1)
+        file.createVariable("TIME", "f8", ("TIME",))
+    with pytest.raises(DataError, match=r"climate.nc .*it is no completed stack: it has no thick"):
+        find("climate.nc", OwnStacks()).load()
     assert find("own.npz", OwnStacks()).paths() == [Path("own.npz")]

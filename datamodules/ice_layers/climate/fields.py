@@ -190,7 +190,8 @@ def check_field_units(
         if name == "st":
             if not -90 <= middle <= 15:
                 raise DataError(
-                    f"The median surface temperature is {middle:g}, which is neither degC nor K.",
+                    f"The median surface temperature is {middle:g} degC, as if it were in "
+                    "neither degC nor K.",
                     f"Correct the files, or set `{_OPTION}.scale`.",
                 )
         elif name == "smb" and values.size and not 15 <= (middle := abs(middle)) <= 20_000:

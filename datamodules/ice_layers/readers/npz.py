@@ -193,7 +193,13 @@ class NpzStacks(StackSource):
         shape = (*thickness.shape, len(self.physics))
         physics = content.get("physics", np.zeros((*thickness.shape, 0)))
         names = read_texts(content, "physics_names") or self.physics
-        if physics.shape != shape or names != self.physics:
+        if physics.shape == shape and names != self.physics:
+            raise DataError(
+                f"The physical fields {', '.join(names)} of {path} are not those of others, "
+                f"{', '.join(self.physics)}.",
+                "Give the same fields in the same order.",
+            )
+        if physics.shape != shape:
             raise DataError(
                 f"The physical fields {', '.join(names)} of {path} have shape {physics.shape}, "
                 f"not {shape}.",

@@ -52,6 +52,13 @@ def read_netcdf_arrays(path: str | Path, subject: str, hint: str) -> dict[str, N
             raise need_package(error, "Reading stacks as NetCDF") from error
         with file:
             attributes = file.attributes
+            absent = [
+                name
+                for name in ("thickness", "provenance", "distance", "latitude", "longitude")
+                if name not in file.variables
+            ] + [name for name in ("physics_names", "segment", "stack") if name not in attributes]
+            if absent:
+                raise ValueError(f"it is no completed stack: it has no {', '.join(absent)}")
             names = [name for name in str(attributes["physics_names"]).split("\n") if name]
             content = {
                 name: file.read(name, is_masked=False)
