@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fulgurite.attention.call_files import create_arrays, map_tensors
-from fulgurite.attention.checks import INPUTS, SAVED
+from fulgurite.attention.checks import GRADIENTS, INPUTS, SAVED
 from fulgurite.attention.job_engine import JobSite, run_job
 from fulgurite.attention.jobs import AttentionJob
 from fulgurite.attention.kernels import accumulator_dtype
@@ -50,12 +53,21 @@ def main(argv: list[str]) -> int:
         print("\nInterrupted. The same command goes on with the tasks that are left.")
         return 130
     dtype = inputs["query"].dtype
-    shapes = job.result_shapes()
+    shapes = _with_input_axes(job.result_shapes(), inputs)
     dtypes = dict.fromkeys(shapes, dtype) | {"lse": accumulator_dtype(dtype)}
     with create_arrays(folder, shapes, dtypes) as targets:
         job.merge(*targets.values(), progress=is_watched)
     print(f"Results: {', '.join(str(folder / f'{name}.npy') for name in targets)}")
     return 0
+
+
+def _with_input_axes(
+    shapes: Mapping[str, tuple[int, ...]], inputs: Mapping[str, Tensor]
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of results with the axes before the tokens that the inputs have."""
+    sources = {"lse": "query", "out": "query"} | {name: name[1:] for name in GRADIENTS}
+    leads = {name: tuple(inputs[sources[name]].shape[:-2]) for name in shapes}
+    return {name: (*leads[name], *shape[2:]) for name, shape in shapes.items()}
 
 
 def _make_parser() -> argparse.ArgumentParser:

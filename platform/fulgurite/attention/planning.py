@@ -88,7 +88,7 @@ def _choose(
         raise ConfigError(
             f"schedule={request.schedule!r} does not do {spec.queries} queries and {spec.keys} "
             f"keys on {request.ranks} rank(s).",
-            'Use schedule="auto", or fewer ranks.',
+            'Use schedule="rect".',
         )
     if not fits and request.budget is None:
         fits = [smallest]

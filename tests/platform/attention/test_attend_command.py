@@ -78,6 +78,24 @@ def test_the_same_command_goes_on_with_the_tasks_that_are_left(tmp_path):
         job.run_task(99, *map_tensors(tmp_path / "in", ["query", "key", "value"]).values())
 
 
+def test_results_have_the_axes_of_their_inputs(tmp_path):
+    for number, lead in enumerate([(), (2,), (2, 1, 2)]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name in ("query", "key", "value"):
+            np.save(folder / f"{name}.npy", np.ones((*lead, 12, 4), np.float32))
+        out = folder / "results"
+        assert main([str(folder), f"--out={out}", "--memory-budget=1MiB", "--least-tasks=3"]) == 0
+        assert [x.shape for x in read(out, "out", "lse")] == [(*lead, 12, 4), (*lead, 12)]
+
+
+def test_the_quorums_of_a_rectangle_are_refused_with_what_does_it(tmp_path):
+    for name, tokens in (("query", 6), ("key", 12), ("value", 12)):
+        np.save(tmp_path / f"{name}.npy", np.ones((1, 1, tokens, 4), np.float32))
+    with pytest.raises(ConfigError, match=r'does not do 6 queries and 12 keys.*schedule="rect"'):
+        main([str(tmp_path), f"--out={tmp_path / 'a'}"])
+
+
 def test_bfloat16_comes_from_safetensors_and_leaves_as_float32(tmp_path):
     library = pytest.importorskip("safetensors.torch")
     tensors = [x.bfloat16() for x in write_inputs(tmp_path / "in")]
