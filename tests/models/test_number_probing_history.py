@@ -86,3 +86,6 @@ def test_what_is_no_run(tmp_path):
     (tmp_path / "run" / "probe.csv").write_text("step,period,kappa\n1,x,0.5\n")
     with pytest.raises(DataError, match=r"probe\.csv is no table of ModularProbe"):
         main([str(tmp_path)])
+    (tmp_path / "run" / "probe.csv").write_text("")
+    with pytest.raises(DataError, match=r"probe\.csv cannot be read \(it is empty\)"):
+        main([str(tmp_path)])

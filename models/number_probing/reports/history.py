@@ -218,8 +218,10 @@ def _read_csv_rows(file: Path) -> list[dict[str, str]]:
     with reading(file, "The table", "Name folders of runs."):
         with file.open(newline="", encoding="utf-8") as lines:
             table = csv.DictReader(lines)
+            names = table.fieldnames or []
             rows = list(table)
-        names = table.fieldnames or []
+        if not names:
+            raise ValueError("it is empty")
         if len(set(names)) < len(names):
             raise ValueError("two columns have one name")
         if any(None in row for row in rows):
