@@ -367,4 +367,11 @@ def resolve_config(name: str) -> Path:
             raise ConfigError(f"The configuration '{name}' is out of reach: {plug_in}")
     near = difflib.get_close_matches(name, configs, n=3, cutoff=0.4)
     hint = f"Nearest: {', '.join(near)}." if near else "`fulgurite systems` lists them."
+    system = name.partition("/")[0]
+    if "/" in name and not difflib.get_close_matches(system, systems()):
+        hint = (
+            f"There is no such file in {Path.cwd()}, and no installed system is called '{system}' "
+            "(`fulgurite systems` lists them): a package of yours is installed by "
+            "`pip install -e FOLDER`."
+        )
     raise ConfigError(f"There is no configuration '{name}', neither a file nor packaged.", hint)

@@ -8,6 +8,7 @@ import yaml
 
 from fulgurite.cli import parse
 from fulgurite.compare import define_trials, read_plan
+from fulgurite.errors import ConfigError
 from fulgurite.systems import config_path, packaged_configs, resolve_config, systems
 
 ALL = [name for system in systems().values() for name in packaged_configs(system)]
@@ -109,3 +110,6 @@ def test_an_unknown_configuration_names_the_nearest(fulgurite):
     assert status == 2
     assert "fedsir/digits.yaml" in error
     assert resolve_config("fedsir/digits.yaml").is_file()
+    with pytest.raises(ConfigError, match=r"no installed system is called 'my_paper'") as refused:
+        resolve_config("my_paper/default.yaml")
+    assert "pip install -e" in refused.value.hint

@@ -101,6 +101,12 @@ def test_an_error_is_one_line_that_names_the_mend(fulgurite, options, parts):
     check_refused(fulgurite, [*SMOKE, *options], parts)
 
 
+def test_a_folder_that_is_no_package_is_named(fulgurite):
+    Path("outer_folder").mkdir()
+    parts = ["'outer_folder' is the folder", "/outer_folder, which holds no package of that name"]
+    check_refused(fulgurite, [*SMOKE, "--model.init_args.network=outer_folder.Net"], parts)
+
+
 @pytest.mark.parametrize(
     ("options", "parts"),
     [

@@ -116,6 +116,8 @@ def _near_class(message: str) -> str:
     if not absent:
         return ""
     module = importlib.import_module(absent[1])
+    if module.__file__ is None and (folders := list(getattr(module, "__path__", ()))):
+        return f": '{absent[1]}' is the folder {folders[0]}, which holds no package of that name"
     near = difflib.get_close_matches(absent[2], dir(module), n=1, cutoff=0.5)
     return f" (did you mean '{absent[1]}.{near[0]}'?)" if near else ""
 
