@@ -34,6 +34,9 @@ def display_max(pixels: NDArray[Any], fraction: float) -> float:
     return float(np.partition(pixels, index, axis=None)[index])
 
 
+_MOST_BELOW = 0.1  # of the peak: noise about a background that was subtracted stays within
+
+
 @dataclass(frozen=True, repr=False)
 class Preprocess:
     """Downscales a raw site and maps its intensities for storage.
@@ -79,7 +82,8 @@ class Preprocess:
             - site: (C, H, W) uint8, uint16 or float -> (C, h, w) uint8, or of the same type.
 
         Raises:
-            BadImage: A channel is constant, or has values that are not finite.
+            BadImage: A channel is constant, has values that are not finite, or ones far below 0
+                that would be lost.
         """
         site = np.ascontiguousarray(site[:, :: self.downscale, :: self.downscale])
         if site.dtype.kind == "f" and not np.isfinite(site).all():
@@ -94,6 +98,13 @@ class Preprocess:
             raise BadImage(f"Channel {c} is {site[c].flat[0]} nearly everywhere.", kind="constant")
         if self.intensity == "full":
             return site
+        lows = np.zeros(len(site)) if site.dtype.kind == "u" else site.min((1, 2)).astype(float)
+        if (below := lows < -_MOST_BELOW * peaks).any():
+            c = int(below.argmax())
+            raise BadImage(
+                f"Channel {c} reaches from {lows[c]:.3g} to {peaks[c]:.3g}, and "
+                "`intensity: percentile` would make all below 0 black (`full` keeps it)."
+            )
         mapped = np.empty(site.shape, np.uint8)
         for channel, peak, target in zip(site, peaks, mapped, strict=True):
             factor = 255 / max(float(peak), 1e-9)

@@ -21,6 +21,7 @@ from fulgurite.datamodules.fedsir.augment import shift_crop
 from fulgurite.datamodules.fedsir.batches import ImageBatches, keep_batch
 from fulgurite.datamodules.fedsir.inputs import TrainedInputs
 from fulgurite.datamodules.fedsir.labels import LabelStore
+from fulgurite.datamodules.fedsir.noise import LabelNoise
 from fulgurite.datamodules.fedsir.noisy_clients import Corruption, FederationNoise
 from fulgurite.datamodules.fedsir.options import FederatedEvaluationOptions, ImageOptions
 from fulgurite.datamodules.fedsir.partition import Partition, check_partition
@@ -58,6 +59,21 @@ class EvaluationLabels:
     noise_rates: Tensor
 
 
+def _refuse_parts(partition: Any, noise: Any) -> None:
+    """Refuse a class in place of its object, and a kind of noise without clients that have it."""
+    for name, part in (("partition", partition), ("noise", noise)):
+        if isinstance(part, type):
+            raise ConfigError(
+                f"The {name} is the class {part.__name__}.", f"Give an object: {part.__name__}(…)."
+            )
+    if isinstance(noise, LabelNoise):
+        kind = type(noise).__name__
+        raise ConfigError(
+            f"The noise is {kind}, which does not say which clients have it, and at which rate.",
+            f"Give NoisyClients({kind}(…), rate) for `--data.init_args.noise`.",
+        )
+
+
 class FederatedDataModule(L.LightningDataModule):
     """Splits, partitions and corrupts a data set, with a seed apart from that of the run.
 
@@ -78,7 +94,7 @@ class FederatedDataModule(L.LightningDataModule):
             them must be known.
 
     Raises:
-        ConfigError: ``clients`` is not positive.
+        ConfigError: ``clients`` is not positive, or ``noise`` is one without clients.
 
     Source: docs/papers/fedsir.md sections 2 and 6.
     """
@@ -98,6 +114,7 @@ class FederatedDataModule(L.LightningDataModule):
         super().__init__()
         save_options(self, "source", "partition", "noise", "evaluation", "images", logger=False)
         check_arguments(FederatedDataModule.__init__, locals(), "data.init_args")
+        _refuse_parts(partition, noise)
         self.source = source
         self.partition = partition
         self.noise = noise

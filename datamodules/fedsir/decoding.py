@@ -26,6 +26,7 @@ from fulgurite.data.pool import run_in_processes
 from fulgurite.datamodules.fedsir.selection import choose_per_class, make_generator
 from fulgurite.datamodules.fedsir.sources import ImageSource
 from fulgurite.errors import ConfigError, DataError
+from fulgurite.options import check_arguments
 
 __all__ = [
     "CHUNK_BYTES",
@@ -74,6 +75,7 @@ class EncodedImages(ImageSource):
         seed: int,
     ) -> None:
         super().__init__(train_limit, test_limit, seed)
+        check_arguments(EncodedImages.__init__, locals(), "data.init_args.source.init_args")
         if (image_size is not None and image_size < 1) or channels not in (1, 3):
             raise ConfigError(
                 f"Images cannot have the size {image_size} and {channels} channels.",
@@ -149,20 +151,24 @@ def decode_image_bytes(
         return to_channels(to_uint8(pixels), channels), highest
 
 
-def check_range(highest: int, path: str) -> None:
-    """Refuse 16-bit training images that 8 bits would reduce to few values.
+def check_range(peaks: Iterable[int], path: str) -> None:
+    """Refuse 16-bit training images most of which 8 bits would reduce to few values.
 
     Args:
-        highest: Highest value of all 16-bit images, -1 if there are none.
+        peaks: Highest value of each image of 16 bits, and -1 for others.
         path: Name of the images in errors.
 
     Raises:
         DataError: The images are too dark.
     """
-    if 0 <= highest < _MIN_VALUES:
+    deep = sorted(peak for peak in peaks if peak >= 0)
+    highest = deep[len(deep) // 2] if deep else _MIN_VALUES  # one bright image proves nothing
+    if highest < _MIN_VALUES:
+        which = "The" if deep[-1] < _MIN_VALUES else "Most of the"
+        highest = deep[-1] if deep[-1] < _MIN_VALUES else highest
         raise DataError(
-            f"The 16-bit images of {path} reach {highest:,} of 65,535, so that 8 bits would keep "
-            f"{highest // 257 + 1} values.",
+            f"{which} 16-bit images of {path} reach {highest:,} of 65,535, so that 8 bits would "
+            f"keep {highest // 257 + 1} values.",
             "Stretch them to 65,535 (all by one factor), or save them with 8 bits.",
         )
 
@@ -239,19 +245,20 @@ def write_image_files(
     height, width = size = source.image_size
     chunk = max(1, CHUNK_BYTES // (source.channels * height * width))
     decoder = _FileDecoder(tree, names, source.channels, source.side, size=size, chunk=chunk)
-    peaks = [-1]
+    peaks: list[int] = []
 
     def blocks() -> Iterator[Tensor]:
-        for images, peak in run_in_processes(decoder, len(decoder), len(names) > MAX_SERIAL_IMAGES):
-            peaks[0] = max(peaks[0], peak)
+        many = len(names) > MAX_SERIAL_IMAGES
+        for images, block_peaks in run_in_processes(decoder, len(decoder), many):
+            peaks.extend(block_peaks)
             yield images
 
     write_images(blocks(), (len(names), source.channels, height, width), target, title)
     if title == "train":
-        check_range(peaks[0], path)
+        check_range(peaks, path)
 
 
-class _FileDecoder(Dataset[tuple[Tensor, int]]):
+class _FileDecoder(Dataset[tuple[Tensor, list[int]]]):
     """Blocks of decoded files: jobs for :func:`run_in_processes`."""
 
     def __init__(
@@ -270,11 +277,11 @@ class _FileDecoder(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return ceil_div(len(self.names), self.chunk)
 
-    def __getitem__(self, block: int) -> tuple[Tensor, int]:
-        """Return images, and the highest value of those of 16 bits (-1 if there are none)."""
+    def __getitem__(self, block: int) -> tuple[Tensor, list[int]]:
+        """Return images, and the highest value of each that has 16 bits (-1 for others)."""
         names = self.names[block * self.chunk : (block + 1) * self.chunk]
         images, peaks = zip(*map(self._decode_file, names), strict=True)
-        return torch.from_numpy(np.stack(images)), max(peaks)
+        return torch.from_numpy(np.stack(images)), list(peaks)
 
     def _decode_file(self, name: str) -> tuple[NDArray[np.uint8], int]:
         title = f"{name} of {self.tree.root}"

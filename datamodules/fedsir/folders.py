@@ -47,7 +47,7 @@ class ImageFolder(EncodedImages):
     decoded once, in parallel, into the cache (``FULGURITE_CACHE``). Its key is the content of a
     zip, and the names, sizes and times of the files of a folder.
 
-    Images of 16 bits are scaled to 8, so that 65535 becomes 255 (and refused if the training
+    Images of 16 bits are scaled to 8, so that 65535 becomes 255 (and refused if most training
     images stay below 4096, since 8 bits would keep few values); images are rotated by their EXIF
     orientation; transparency is left out. A colour map is refused for one channel, because its
     grey values may be the indices or the brightness of the colours.

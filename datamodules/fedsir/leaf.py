@@ -145,6 +145,11 @@ class Leaf(ImageSource):
             labels = []
             for split, paths, max_users in (("train", train, self.users), ("test", test, None)):
                 images, classes, users = self._concatenate_users(paths, split, max_users)
+                if split == "train" and images.max() <= 1:
+                    raise DataError(
+                        f"The pixels of {self.train} reach 1/255 of their full scale or less.",
+                        f"Set `{_OPTION}.pixels.maximum` to 1 where they run from 0 to 1.",
+                    )
                 np.save(target / f"{split}_images.npy", images)
                 np.save(target / f"{split}_labels.npy", classes)
                 np.save(target / f"{split}_users.npy", users)

@@ -185,6 +185,13 @@ class AsymmetricMap(_ClassMapNoise):
 
     def __init__(self, mapping: dict[int, int] | None = None) -> None:
         self.mapping = dict(CIFAR10_MAP if mapping is None else mapping)
+        numbers = (*self.mapping, *self.mapping.values())
+        if names := [c for c in numbers if not isinstance(c, int)]:
+            raise ConfigError(
+                f"The noise maps the class {names[0]!r}, which is no number of one.",
+                "Give numbers of classes from 0 in "
+                "`--data.init_args.noise.init_args.noise.init_args.mapping`, as {true: wrong}.",
+            )
         if loops := [c for c, wrong in self.mapping.items() if c == wrong]:
             raise ConfigError(
                 f"The noise maps class {loops[0]} to itself.",

@@ -16,6 +16,7 @@ from torch import Tensor
 from fulgurite.datamodules.fedsir.noise import LabelNoise
 from fulgurite.datamodules.fedsir.samples import Samples
 from fulgurite.errors import ConfigError
+from fulgurite.options import check_arguments
 
 __all__ = [
     "ClientSelection",
@@ -216,6 +217,7 @@ class NoisyClients(ClientSelection):
         *,
         clean_cover: int | float | None = 450,
     ) -> None:
+        check_arguments(NoisyClients.__init__, locals(), "data.init_args.noise.init_args")
         super().__init__(fraction, count, clean_cover)
         low, high = rate if isinstance(rate, tuple | list) else (rate, rate)
         if not 0 <= low <= high <= 1:

@@ -39,11 +39,12 @@ class ImageOptions:
         augment: Training augmentation: ``shift`` by at most one pixel, or ``crop_flip`` (padding
             4, mirrored half of the time).
         mean: Mean of each channel [0 to 1]; measured on training images by default.
-        std: Standard deviation of each channel; measured on training images by default.
+        std: Standard deviation of each channel, in the same unit; measured on training images by
+            default.
 
     Raises:
-        ConfigError: ``augment`` is unknown, or only one of ``mean`` and ``std`` is given, or a
-            deviation is not positive.
+        ConfigError: ``augment`` is unknown, or only one of ``mean`` and ``std`` is given, or one
+            of them is out of range.
     """
 
     augment: Literal["none", "shift", "crop_flip"] = "none"
@@ -52,11 +53,13 @@ class ImageOptions:
 
     def __post_init__(self) -> None:
         check_options(self, "data.init_args.images")
-        if (self.mean is None) != (self.std is None) or (
-            self.std is not None and min(self.std) <= 0
+        # written so that NaN is refused too
+        if (self.mean is None) != (self.std is None) or not all(
+            0 <= mean <= 1 and 0 < std < float("inf")
+            for mean, std in zip(self.mean or (), self.std or (), strict=False)
         ):
             raise ConfigError(
                 f"The mean is {self.mean} and the standard deviation {self.std}.",
-                "Give both `--data.init_args.images.mean` and `--data.init_args.images.std` "
-                "(positive), or none.",
+                "Give both `--data.init_args.images.mean` (from 0 to 1: that of pixels from 0 to "
+                "255, over 255) and `--data.init_args.images.std` (positive, over 255), or none.",
             )

@@ -178,19 +178,20 @@ class Parquet(EncodedImages):
         )
 
     def _write_images(self, target: Path, table: _ParquetTable, rows: list[int]) -> None:
-        size, row_set, peaks = self.image_size, set(rows), [-1]
+        size, row_set = self.image_size, set(rows)
+        peaks: list[int] = []
 
         def blocks() -> Iterator[Tensor]:
             for row, (name, content) in enumerate(table.images(self.files.image)):
                 if row in row_set:
                     image, highest = decode_image_bytes(content, name, self.channels, "")
-                    peaks[0] = max(peaks[0], highest)
+                    peaks.append(highest)
                     yield torch.from_numpy(fit_image(image, name, self.side, size)[None].copy())
 
         title = target.stem.removesuffix("_images")
         write_images(blocks(), (len(rows), self.channels, *size), target, title)
         if title == "train":
-            check_range(peaks[0], self.files.train)
+            check_range(peaks, self.files.train)
 
 
 class _ParquetTable:

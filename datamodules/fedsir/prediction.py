@@ -101,17 +101,16 @@ class InputImages:
     def _write(self, folder: Path) -> Mapping[str, Any]:
         decoder = _Decoder(self)
         shape = (len(self.names), self.channels, *self.size)
-        highest = -1
+        peaks: list[int] = []
 
         def blocks() -> Iterator[Tensor]:
-            nonlocal highest
             many = len(self.names) > MAX_SERIAL_IMAGES
-            for images, peak in run_in_processes(decoder, len(decoder), many):
-                highest = max(highest, peak)
+            for images, block_peaks in run_in_processes(decoder, len(decoder), many):
+                peaks.extend(block_peaks)
                 yield images
 
         write_images(blocks(), shape, folder / "images.npy", "input")
-        check_range(highest, str(self.path))
+        check_range(peaks, str(self.path))
         return {}
 
     def decode(self, name: str) -> tuple[NDArray[np.uint8], int]:
@@ -162,7 +161,7 @@ def _put_channels_last(pixels: NDArray[Any], channels: int) -> NDArray[Any]:
     return pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels
 
 
-class _Decoder(Dataset[tuple[Tensor, int]]):
+class _Decoder(Dataset[tuple[Tensor, list[int]]]):
     """Blocks of decoded files: jobs for :func:`run_in_processes`."""
 
     def __init__(self, files: InputImages) -> None:
@@ -173,8 +172,8 @@ class _Decoder(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return ceil_div(len(self.files.names), self.chunk)
 
-    def __getitem__(self, block: int) -> tuple[Tensor, int]:
-        """Return images, and the highest value of those of 16 bits (-1 if there are none)."""
+    def __getitem__(self, block: int) -> tuple[Tensor, list[int]]:
+        """Return images, and the highest value of each that has 16 bits (-1 for others)."""
         names = self.files.names[block * self.chunk : (block + 1) * self.chunk]
         images, peaks = zip(*map(self.files.decode, names), strict=True)
-        return torch.from_numpy(np.stack(images)), max(peaks)
+        return torch.from_numpy(np.stack(images)), list(peaks)

@@ -23,6 +23,7 @@ from fulgurite.datamodules.fedsir.selection import (
     make_generator,
 )
 from fulgurite.errors import ConfigError, DataError
+from fulgurite.options import check_arguments
 
 __all__ = ["ImageArrays", "ImageSource"]
 
@@ -116,6 +117,7 @@ class ImageSource(ABC):
     def __init__(
         self, train_limit: int | None = None, test_limit: int | None = None, seed: int = 0
     ) -> None:
+        check_arguments(ImageSource.__init__, locals(), "data.init_args.source.init_args")
         for name, limit in (("train_limit", train_limit), ("test_limit", test_limit)):
             if limit is not None and limit < 1:
                 raise ConfigError(

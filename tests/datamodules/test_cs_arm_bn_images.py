@@ -145,6 +145,16 @@ def test_the_brightest_pixels_saturate_and_no_others():
         assert np.abs(Preprocess(1)(random) - by_hand).max() == 0
 
 
+def test_values_far_below_0_are_not_lost():
+    site = np.random.default_rng(0).normal(size=(2, 30, 30)).astype(np.float32)
+    with pytest.raises(BadImage, match=r"Channel 0 reaches from -.*`intensity: percentile`"):
+        Preprocess(1)(site)
+    assert (Preprocess(1, "full")(site) == site).all()
+    background = site * np.float32(0.01)  # of which the mean was subtracted
+    background[:, 10:20, 10:20] += 1
+    assert Preprocess(1)(background).min() == 0
+
+
 @pytest.mark.parametrize(
     ("change", "kind"),
     [(lambda s: s * 0, "constant"), (lambda s: s * 0 + 7, "constant"), (None, "nan")],

@@ -305,6 +305,9 @@ def test_memory_mapped_images(tmp_path, cache):
         (ImageOptions, {"augment": "flip"}, "augment of images is 'flip'"),
         (ImageOptions, {"mean": [0.5]}, "mean"),
         (ImageOptions, {"mean": [0.5], "std": [0.0]}, "positive"),
+        (ImageOptions, {"mean": [125.3], "std": [63.0]}, "from 0 to 255, over 255"),
+        (ImageOptions, {"mean": [float("nan")], "std": [0.5]}, "mean is .nan"),
+        (ImageOptions, {"mean": [0.5], "std": [float("nan")]}, "deviation .nan"),
     ],
 )
 def test_bad_options_are_one_error(kind, options, message):
@@ -366,3 +369,16 @@ def test_the_command_line_builds_it_and_its_hyperparameters_are_plain(tmp_path):
 def test_hyperparameters_given_from_python_are_plain(data, tmp_path):
     torch.save(dict(data.hparams), tmp_path / "hparams.pt")
     assert torch.load(tmp_path / "hparams.pt", weights_only=True)["images"]["augment"] == "shift"
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"noise": Symmetric()}, r"which clients have it.*NoisyClients\(Symmetric"),
+        ({"noise": NoisyClients}, "noise is the class NoisyClients"),
+        ({"partition": Iid}, "partition is the class Iid"),
+    ],
+)
+def test_parts_that_are_none_are_refused(parts, words):
+    with pytest.raises(ConfigError, match=words):
+        FederatedDataModule(Digits(), **{"partition": Iid()} | parts)

@@ -261,6 +261,15 @@ def test_a_number_that_would_crash_the_parser_is_refused(tmp_path):
         ).load()
 
 
+def test_pixels_of_another_scale_than_said_are_refused(tmp_path):
+    images, labels = class_images(4, 2, size=5, channels=1)
+    path = write_leaf(
+        tmp_path / "t.json", leaf({"a": (images.reshape(8, -1) / 255, labels.tolist())}, 1.0)
+    )
+    with pytest.raises(DataError, match=r"1/255 of their full scale.*pixels\.maximum` to 1"):
+        Leaf(path, path, pixels=LeafPixels((1, 5, 5), maximum=255)).load()
+
+
 def test_users_of_leaf_are_in_one_file_and_as_many_as_asked(tmp_path):
     for name in ("a", "b"):
         write_leaf(tmp_path / "train" / f"{name}.json", good())

@@ -119,7 +119,23 @@ def test_a_rate_outside_the_unit_interval_is_a_config_error(rate):
             Symmetric()(CIFAR_LABELS, rate, 10, make_generator(0))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"rate": [0.1, 0.2, 0.3]}, "rate is"),
+        ({"rate": "0.5"}, "rate is '0.5'"),
+        ({"rate": 0.5, "count": 1.5}, "count is 1.5"),
+        ({"rate": 0.5, "clean_cover": True}, "clean_cover is True"),
+    ],
+)
+def test_arguments_of_another_type_are_config_errors(arguments, words):
+    with pytest.raises(ConfigError, match=words):
+        NoisyClients(Symmetric(), **arguments)
+
+
 def test_maps_that_do_not_fit_are_config_errors():
+    with pytest.raises(ConfigError, match="class 'cat', which is no number"):
+        AsymmetricMap({"cat": "dog"})
     with pytest.raises(ConfigError, match="class 3 to itself"):
         AsymmetricMap({3: 3})
     with pytest.raises(ConfigError, match="class 5, and there are 5 classes"):

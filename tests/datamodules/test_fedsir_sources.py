@@ -128,6 +128,23 @@ def test_inconsistent_arrays_are_refused(train, labels, message):
         ImageArrays(train, labels, images_of(1), torch.tensor([0]), ("a", "b"))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"image_size": [32, 32]}, "image_size is"),
+        ({"image_size": 4.0}, "image_size is 4.0"),
+        ({"channels": True}, "channels is True"),
+        ({"train_limit": 7.0}, "train_limit is 7.0"),
+        ({"test_fraction": "0.1"}, "test_fraction is '0.1'"),
+        ({"seed": None}, "seed is None"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(arguments, words):
+    with pytest.raises(ConfigError, match=words) as error:
+        ImageFolder("nowhere", **arguments)
+    assert f"source.init_args.{words.split()[0]}" in error.value.hint
+
+
 # --- CIFAR archives
 
 
@@ -401,11 +418,16 @@ def test_16_bit_images_that_use_few_values_are_refused(tmp_path, cache):
             Image.fromarray(grey).save(tmp_path / "i" / split / name / "a.png")
     with pytest.raises(DataError, match="reach 4,095 of 65,535, so that 8 bits would keep 16"):
         ImageFolder(str(tmp_path / "i"), channels=1).load()
+    Image.fromarray(grey).save(tmp_path / "i" / "train" / "no" / "bright.png")  # a saturated one
+    with pytest.raises(DataError, match=r"Most of the 16-bit images .* reach 4,095 of 65,535"):
+        ImageFolder(str(tmp_path / "i"), channels=1).load()
+    (tmp_path / "i" / "train" / "no" / "bright.png").unlink()
     assert entries(cache) == []
     grey[:] = 0
     grey[0] = 4096
-    Image.fromarray(grey).save(tmp_path / "i" / "train" / "no" / "b.png")
-    assert len(ImageFolder(str(tmp_path / "i"), channels=1).load().train_labels) == 3
+    for name in ("no/b.png", "yes/b.png"):
+        Image.fromarray(grey).save(tmp_path / "i" / "train" / name)
+    assert len(ImageFolder(str(tmp_path / "i"), channels=1).load().train_labels) == 4
 
 
 def test_a_colour_map_is_refused_for_grey_images(tmp_path):
