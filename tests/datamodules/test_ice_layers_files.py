@@ -101,10 +101,10 @@ def write_layer_data_hdf5(path, time, pos, picks, manual):
         file.create_dataset("layerData", data=np.array(outer, h5py.ref_dtype))
 
 
-@pytest.mark.parametrize("version", [5, 7.3])
-def test_manual_picks_of_the_old_format_win(tmp_path, version):
+@pytest.mark.parametrize(("version", "none"), [(5, np.nan), (7.3, np.nan), (5, 0.0), (5, -1.0)])
+def test_manual_picks_of_the_old_format_win(tmp_path, version, none):
     time, pos, _, picks = track()
-    manual = np.full_like(picks, np.nan)
+    manual = np.full_like(picks, none)
     manual[3, 1] = picks[3, 1] + 1e-9
     picks[7, 2] = np.inf
     path = tmp_path / f"Data_{SEGMENT}_001.mat"
@@ -114,7 +114,7 @@ def test_manual_picks_of_the_old_format_win(tmp_path, version):
     else:
         write_layer_data_hdf5(path, time, pos, picks, manual)
     frame = read_frame(path)
-    expected = np.where(np.isfinite(manual), manual, picks)
+    expected = np.where(manual > 0, manual, picks)
     np.testing.assert_array_equal(frame.twtt, np.where(np.isinf(expected), np.nan, expected))
     assert frame.ids == (1, 2, 3, 4)
 

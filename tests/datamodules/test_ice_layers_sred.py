@@ -210,6 +210,7 @@ def test_a_checkpoint_of_bins_is_not_used_for_metres(folder):
         ({"curr_smb": np.full((L + 1, N), np.nan)}, "exclude.=physics"),
         ({"curr_temp": echogram(1)["curr_temp"] - 273.15}, "not in K"),
         ({"curr_dens": echogram(1)["curr_dens"] / 1000}, "not in kg"),
+        ({"curr_smb": echogram(1)["curr_smb"] * 1000}, "not in m w.e."),
         ({"Latitude": np.full(N, 99.0)}, "globe"),
         ({"Latitude": np.full(N, -43.0), "Longitude": np.full(N, 74.0)}, "exchanged"),
         ({"Latitude": np.full(N, np.nan)}, "not finite"),

@@ -341,8 +341,9 @@ def _read_old_layers(
         if not isinstance(layer, dict):
             raise DataError(f"The boundary {number} of layerData in {path} has no fields.", _AGAIN)
         manual, automatic = _read_pick_sets(layer, traces, number, path)
-        picks.append(np.where(np.isfinite(manual), manual, automatic))
-        kinds.append(np.where(np.isfinite(manual), _MANUAL, _AUTOMATIC))
+        is_manual = np.isfinite(manual) & (manual > 0)  # 0 and negative numbers are none
+        picks.append(np.where(is_manual, manual, automatic))
+        kinds.append(np.where(is_manual, _MANUAL, _AUTOMATIC))
         grade = _to_numbers(layer.get("quality", ()), "quality", path).ravel()
         grades.append(grade if len(grade) == traces else np.ones(traces))
         names.append(_to_text(layer.get("name", ""), f"The name of boundary {number}", path))

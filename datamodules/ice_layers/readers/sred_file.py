@@ -42,8 +42,10 @@ _LAYOUT = f"Give files of SRED's layout, {_LEAVE}"
 
 # Medians of layers in range bins: less are metres or travel times (inferred)
 _BINS = (2.0, 5_000.0)
-# What medians of the fields can be, where another unit is plain: K, and kg m⁻³ (inferred)
+# What medians of the fields can be, where another unit is plain: m w.e. (the published mean is
+# 0.184), K, and kg m⁻³ (inferred)
 _UNITS = {
+    "curr_smb": ("m w.e.", -10.0, 10.0),
     "curr_temp": ("K", 180.0, 290.0),
     "curr_dens": ("kg m⁻³", 50.0, 950.0),
 }
