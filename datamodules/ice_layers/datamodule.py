@@ -267,7 +267,14 @@ class IceLayerDataModule(StackLoaders):
 
         Raises:
             ConfigError: The files have a split of their own, and the options ask for another.
+            DataError: There is no pick at all.
         """
+        if not picked and (self.split.val, self.split.test) != (0, 0):
+            raise DataError(
+                f"No layer is picked in any of {flights.report()}: there is nothing to train on.",
+                "Check `--data.init_args.source`; to complete such flights with a trained network, "
+                "set `split.val` and `split.test` to 0, or give them by `predict --input`.",
+            )
         if flights.split is None:
             segments = tuple(sorted({stack.segment for stack in picked}))
             val, test = (

@@ -165,6 +165,18 @@ def test_times_that_are_no_picks_are_refused(tmp_path, change_picks, message):
     assert median_thickness(load(tmp_path)) == THICKNESS.tolist()
 
 
+def test_qualities_that_do_not_exist_and_flights_without_picks_are_refused(tmp_path):
+    for quality in (0, 5):
+        with pytest.raises(ConfigError, match="quality"):
+            layer_files([str(tmp_path)], quality=quality)
+    time, pos, picks = make_track()
+    write_picks(tmp_path, (time, pos, np.where(np.arange(5) > 0, np.nan, picks)))
+    source = layer_files([str(tmp_path)], traces=20, density=DENSITY, count=4)
+    with pytest.raises(DataError, match=r"No layer is picked in any of 2 stacks") as error:
+        ice_data(source).setup("fit")
+    assert "predict --input" in error.value.hint
+
+
 def test_exchanged_positions_are_refused(tmp_path):
     time, pos, picks = make_track()
     write_picks(tmp_path, (time, pos[:, ::-1], picks))

@@ -740,6 +740,10 @@ def test_fewer_fields_need_fewer_variables(tmp_path):
     assert sample(tmp_path, variables=["melt", "smb"]).physics.shape == (30, 2, 2)
     with pytest.raises(ConfigError, match="no physical field snow"):
         MarClimate([str(tmp_path)], variables=["snow"])
+    with pytest.raises(ConfigError, match="comes twice in smb, st, smb"):
+        MarClimate([str(tmp_path)], variables=["smb", "st", "smb"])
+    with pytest.raises(ConfigError, match="reach of the climate grid is -50 m"):
+        MarClimate([str(tmp_path)], reach=-50.0)
 
 
 def test_damaged_and_missing_climate_files(tmp_path):

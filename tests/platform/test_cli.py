@@ -49,6 +49,7 @@ def test_doctor_names_versions(fulgurite):
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
+        (["--inptu=images"], ["'inptu'", "Did you mean 'input'?"]),
         (["--trainer.max_epochss=3"], ["trainer.max_epochss", "'trainer.max_epochs'"]),
         (["--model.init_args.methd=3"], ["'methd'", "Did you mean 'method'"]),
         (["--model.init_args.method=fulgurite.models.fedsir.methods.FedAvgg"], ["FedAvg'?"]),

@@ -131,6 +131,16 @@ class MarClimate:
                     f"There is no scale {factor} of a MAR variable {key!r}.",
                     f"Set `{_OPTION}.scale` to factors of some of {', '.join(mar_variables)}.",
                 )
+        if len(set(variables)) < len(variables):
+            raise ConfigError(
+                f"A physical field comes twice in {', '.join(variables)}.",
+                f"Set `{_OPTION}.variables` to each once.",
+            )
+        if not reach > 0:
+            raise ConfigError(
+                f"The reach of the climate grid is {reach:g} m.",
+                f"Set `{_OPTION}.reach` above 0 [m].",
+            )
         self.files = list(files)
         self.projection = projection
         self.variables = tuple(variables)

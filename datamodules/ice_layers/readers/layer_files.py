@@ -9,7 +9,7 @@ import glob
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -73,7 +73,7 @@ class PickOptions:
         ConfigError: A value is unknown.
     """
 
-    quality: int | None = None
+    quality: Literal[1, 2, 3] | None = None
     ages: AgesFrom = "files"
 
     def __post_init__(self) -> None:

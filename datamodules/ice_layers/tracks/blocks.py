@@ -209,8 +209,10 @@ def assemble(
                 if "outside_climate" not in words:
                     raise DataError(
                         f"{int(far.sum())} of {n} traces of stack {name} are up to "
-                        f"{sample.away.max() / 1000:.0f} km away from any ice of the climate grid.",
-                        "Check that latitudes and longitudes are right, or leave such stacks out: "
+                        f"{sample.away.max() / 1000:.0f} km away from any ice of the climate grid, "
+                        f"which reaches {climate.reach / 1000:g} km.",
+                        "Check that latitudes and longitudes are right, and "
+                        f"`{_OPTION}.climate.init_args.reach` [m], or leave such stacks out: "
                         f"`{_OPTION}.exclude+=outside_climate`.",
                     )
                 outside += 1

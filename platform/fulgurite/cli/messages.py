@@ -66,7 +66,7 @@ _UNION = "Does not validate against any of the Union subtypes"
 def _one_line(message: str) -> str:
     """The innermost reason in jsonargparse's message, with the nearest name to a wrong one."""
     message = _LAZY.sub(r"module '\1' has no attribute '\2'", message)
-    keys = ["seed_everything", "ckpt_path", "config", "model", "data"]
+    keys = ["seed_everything", "ckpt_path", "config", "model", "data", "input"]
     keys += [f"trainer.{p}" for p in inspect.signature(Trainer.__init__).parameters]
     keys += [f"run.{p}" for p in inspect.signature(RunOptions).parameters]
     key = re.search(r'(?:Parser key|Key) "([^"]+)"', message)
