@@ -158,6 +158,10 @@ class Masking:
         if documents is None:
             return [None]
         if isinstance(documents, Tensor) and documents.ndim == 2:
+            if documents.is_floating_point() or documents.is_complex():
+                raise DataError(
+                    f"Ids of documents are of {documents.dtype}.", "Give whole numbers."
+                )
             if documents.shape[0] not in (1, batch) or documents.shape[1] != keys:
                 raise DataError(
                     f"Ids of documents are {tuple(documents.shape)} for {batch} batch entries of "

@@ -24,10 +24,9 @@ from fulgurite.attention import Streamed
 
 __all__ = ["AttentionCensus", "take_census"]
 
-_FUSED = (
-    "_scaled_dot_product", "_flash_attention", "_efficient_attention", "_native_multi_head",
-    "_transformer_encoder_layer", "flex_attention",
-)  # fmt: skip
+# Parts of the names of fused kernels, of PyTorch and of flash-attn, xFormers and others
+_FUSED = ("attention", "attn", "flash_fwd", "_transformer_encoder_layer")
+_GRADIENTS = ("backward", "bwd")
 _SOFTMAX = ("_softmax", "_safe_softmax")
 _EXP = ("_log_softmax", "exp", "exp2", "sigmoid")  # by which softmax is written out
 _PRODUCTS = ("bmm", "baddbmm", "mm", "addbmm")
@@ -50,7 +49,8 @@ class _Storages:
         """List the memory of all tensors in a result."""
         for tensor in tree_leaves(result):
             if (storage := _storage(tensor)) is not None:
-                self._references[storage._cdata] = StorageWeakRef(storage)
+                reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+                self._references[storage._cdata] = reference
 
     def has_any(self, args: Any, least_axes: int = 0) -> bool:
         """Whether a tensor of so many axes among arguments lies in listed memory."""
@@ -100,8 +100,9 @@ class AttentionCensus(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         if self.backend.is_running:
             return result
-        name = getattr(func, "overloadpacket", func).__name__
-        if name.startswith(_FUSED) and "backward" not in name:
+        name, full_name = getattr(func, "overloadpacket", func).__name__, func.name()
+        is_fused = any(part in full_name for part in _FUSED)
+        if is_fused and not any(part in full_name for part in _GRADIENTS):
             self._count()
         elif name in _PRODUCTS:
             of_parameters = self._parameters.has_any(args[-2:])

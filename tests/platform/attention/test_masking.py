@@ -197,6 +197,8 @@ def test_ids_of_documents_side_by_side():
     torch.testing.assert_close(lists, expected)
     with pytest.raises(DataError, match="comes back after another"):
         stream_attention(query, query, query, documents=torch.tensor([[0, 0, 1, 1, 0, 0]]))
+    with pytest.raises(DataError, match=r"Ids of documents are of torch\.float32"):
+        stream_attention(query, query, query, documents=torch.full((2, 6), torch.nan))
 
 
 @pytest.mark.parametrize(
