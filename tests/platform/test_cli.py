@@ -51,6 +51,7 @@ def test_doctor_names_versions(fulgurite):
     [
         (["--inptu=images"], ["'inptu'", "Did you mean 'input'?"]),
         (["--trainer.max_epochss=3"], ["trainer.max_epochss", "'trainer.max_epochs'"]),
+        (["--trainer.max_epoch=3"], ["'trainer.max_epoch'", "'trainer.max_epochs'"]),  # not short
         (["--model.init_args.methd=3"], ["'methd'", "Did you mean 'method'"]),
         (["--model.init_args.method=fulgurite.models.fedsir.methods.FedAvgg"], ["FedAvg'?"]),
         pytest.param(["--model.init_args.method=FedNope"], ["FedNope"], marks=pytest.mark.slow),

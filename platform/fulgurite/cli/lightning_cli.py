@@ -68,7 +68,8 @@ class FulguriteCLI(LightningCLI):
         self.start = StartingPoint()
         self.lock: RunLock | None = None
         self.wandb_id = ""
-        parser_options = {"exit_on_error": False}
+        # `--trainer.max_epoch` is a misspelling, and not short for the only option that begins so
+        parser_options = {"exit_on_error": False, "allow_abbrev": False}
         try:
             with indexing_arguments():
                 self._start(parser_options)
@@ -109,12 +110,12 @@ class FulguriteCLI(LightningCLI):
         """Parse; a class that replaces another one begins with its own defaults.
 
         The subcommand's own parser does it: the one above it would complete and validate all
-        options a second time. That one prints them, though (``--print_config``, or short for it).
+        options a second time. That one prints them, though (``--print_config``).
         """
         command, *options = self.argv or [""]
         with dropping_replaced_arguments():
             if command in self._subcommand_parsers and not any(
-                word.startswith("--p") for word in options
+                word.startswith("--print_config") for word in options
             ):
                 section = self._subcommand_parsers[command].parse_args(options)
                 self.config = Namespace(  # type: ignore[no-untyped-call]

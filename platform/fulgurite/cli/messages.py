@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import importlib
 import inspect
+import pkgutil
 import re
 from argparse import ArgumentError
+from dataclasses import is_dataclass
+from types import UnionType
+from typing import Any, get_args, get_type_hints
 
 import torch.distributed
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -53,6 +58,42 @@ def _parameters(class_path: str) -> list[str]:
         return []
 
 
+def _nearest_nested(owner: str, name: str) -> str:
+    """A hint for an option inside options of a class, such as ``episodes.query``.
+
+    Args:
+        owner: The path of the class.
+        name: The option, with dots between its parts.
+
+    Returns:
+        The nearest option, or those beside it; empty where the class is unknown or has the option.
+    """
+    options: Any = None
+    with contextlib.suppress(ImportError, AttributeError, ValueError):
+        options = pkgutil.resolve_name(owner)
+    parents: list[str] = []
+    for part in name.split("."):
+        try:
+            annotations = get_type_hints(options.__init__)
+        except (AttributeError, NameError, TypeError):
+            return ""
+        choices = [key for key in annotations if key != "return"]
+        if part not in choices:
+            near = difflib.get_close_matches(part, choices, n=1, cutoff=0.5)
+            if near:
+                return f"Did you mean '{'.'.join([*parents, *near])}'?"
+            return f"{'.'.join(parents) or 'It'} has: {', '.join(choices)}." if choices else ""
+        parents.append(part)
+        records = [kind for kind in _alternatives(annotations[part]) if is_dataclass(kind)]
+        options = records[0] if records else None
+    return ""
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The types of a union; the type itself where it is none."""
+    return get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+
+
 # jsonargparse reports the whole tree of types it tried; these lines of it say nothing to a user
 _NOISE = re.compile(
     r"(Parser key|Given value|Does not validate|Subtypes:|Errors:|Problem with given class_path"
@@ -77,9 +118,14 @@ def _one_line(message: str) -> str:
         near = difflib.get_close_matches(wrong[1], _parameters(owner), n=1, cutoff=0.5)
         hint = f"Did you mean '{near[0]}'?" if near else f"It has: {', '.join(_parameters(owner))}."
         return f"{prefix}{owner or 'the class'} has no option '{wrong[1]}'. {hint}"
+    if group := re.search(r"Group '([\w.]+)' does not accept option '([^']+)'", message):
+        nested = _nearest_nested(owner, f"{group[1]}.{group[2]}")
+        return f"{prefix}{owner}: {group[1]} has no option '{group[2]}'. {nested}".rstrip()
     if unknown := re.search(r"(?:[Uu]nrecognized arguments: --|[Kk]ey ')([\w.]+)", message):
         if unknown[1] == "input":
             return "There is no option 'input' here. It is of `fulgurite predict` alone."
+        if nested := _nearest_nested(owner, unknown[1]):
+            return f"{prefix}{owner} has no option '{unknown[1]}'. {nested}"
         hint = near_miss(unknown[1], keys) or "See `fulgurite fit --help`."
         return f"There is no option '{unknown[1]}'. {hint}"
     if named := re.search(r"trainer\.strategy[\s\S]*import path string: (\w+)", message):
