@@ -46,6 +46,8 @@ def test_a_new_package_passes_its_own_tests_and_ruff(tmp_path, monkeypatch, caps
     assert "2 passed" in run_tests(folder)
     rules = ["--select=E,F,W,I,B,UP,D1", "--ignore=D107,D104,D103", "--line-length=100"]
     run(["-m", "ruff", "check", "--isolated", *rules, "my_paper"], folder)
+    run(["-m", "ruff", "check", "."], folder)  # as users do
+    run(["-m", "ruff", "format", "--check", "."], folder)
     for file in (folder / "my_paper" / "configs").glob("*.yaml"):
         assert isinstance(yaml.safe_load(file.read_text()), dict)
 
