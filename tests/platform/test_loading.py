@@ -1,10 +1,12 @@
 """Configurations from Python: the same objects as the command line's."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from fakes.repository import ROOT
 from fakes.runs import read_weights
 from lightning.pytorch.callbacks import EarlyStopping
 
@@ -34,6 +36,27 @@ def test_training_from_python_equals_the_command_line(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]  # loading leaves nothing
 
 
+def find_undescribed(metrics, system):
+    """Those of metrics that ``docs/reference/metrics.md`` does not name, as it writes names."""
+    page = ROOT / "docs" / "reference" / "metrics.md"
+    if not page.is_file():  # an installed copy
+        return []
+    sections = re.split(r"^## (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    tables = dict(zip(sections[::2], sections[1::2], strict=True))
+    rows = re.findall(r"^\| (`[^|]+) \|", tables["All systems"] + tables[system], re.MULTILINE)
+    described = {
+        re.sub("^(STAGE|val|test)/", "", n) for r in rows for n in re.findall("`(.+?)`", r)
+    }
+    missing = []
+    for metric in sorted(metrics):
+        short = re.sub(r"^(train|val|test)/((in_domain|new_\w+)/)?", "", metric)
+        short = re.sub("_(mae|bias|coverage90|width90)$", "_rmse", short)
+        short = re.sub(r"^(probe/\w+)_\d+$", r"\1_T", re.sub(r"^layer\d+", "layer01", short))
+        if not {metric, short} & described:
+            missing.append(metric)
+    return missing
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -51,8 +74,10 @@ def test_every_system_runs_in_six_lines(name):
     system = load(name)
     trainer = system.make_trainer(**QUIET, max_epochs=1)
     trainer.fit(system.model, system.data)
+    names = {*trainer.callback_metrics}
     trainer.test(system.model, system.data)
     assert trainer.callback_metrics
+    assert find_undescribed(names | {*trainer.callback_metrics}, name.partition("/")[0]) == []
     assert all(torch.isfinite(v) for k, v in trainer.callback_metrics.items() if k.endswith("loss"))
 
 
