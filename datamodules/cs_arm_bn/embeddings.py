@@ -284,6 +284,7 @@ def read_embeddings(path: Path) -> Embeddings:
     hint = "Write it again: one row for each site, with plate, well and site."
     if path.suffix == ".parquet":
         optional_import("pyarrow", "plates", f"The file of embeddings {path}")
+    columns: tuple[str, ...] = ()
     with reading(path, "The file of embeddings", hint):
         if path.suffix == ".npz":
             arrays = read_arrays(path)
@@ -291,7 +292,7 @@ def read_embeddings(path: Path) -> Embeddings:
             names = [name for name in (*_KEYS, _ROW) if name in arrays]
             if values is None or any(arrays[n].shape != values.shape[:1] for n in names):
                 raise ValueError("it has no array `embeddings` (E, D) with keys of (E,)")
-            keys, columns = pd.DataFrame({name: arrays[name] for name in names}), ()
+            keys = pd.DataFrame({name: arrays[name] for name in names})
         else:
             check_parquet(path)
             keys, values, columns = _split_table(pd.read_parquet(path))

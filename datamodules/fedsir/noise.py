@@ -185,7 +185,7 @@ class AsymmetricMap(_ClassMapNoise):
 
     def __init__(self, mapping: dict[int, int] | None = None) -> None:
         self.mapping = dict(CIFAR10_MAP if mapping is None else mapping)
-        numbers = (*self.mapping, *self.mapping.values())
+        numbers: list[object] = [*self.mapping, *self.mapping.values()]
         if names := [c for c in numbers if not isinstance(c, int)]:
             raise ConfigError(
                 f"The noise maps the class {names[0]!r}, which is no number of one.",
