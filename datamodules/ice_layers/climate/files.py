@@ -219,7 +219,9 @@ class ClimateFile:
         """Variables that say where cells are: 2-D latitude and longitude, else ``x`` and ``y``."""
         axes = {name: self.find(names) for name, names in _COORDINATES.items()}
         known = {name: axis for name, axis in axes.items() if axis is not None}
-        two_d = {name: known[name] for name in ("LAT", "LON") if name in known}
+        two_d: dict[str, NetcdfVariable] = {
+            name: known[name] for name in ("LAT", "LON") if name in known
+        }
         if len(two_d) == 2 and all(axis.ndim == 2 for axis in two_d.values()):
             return two_d
         return {name: known[name] for name in ("x", "y") if name in known}

@@ -281,7 +281,8 @@ class NpzStacks(StackSource):
             age = content.get("layer_age") if age is None else age
             its_names = read_texts(content, "layer_names")
             names = names or its_names
-            unlike["ages"] += not np.array_equal(content.get("layer_age", age), age)
+            if age is not None and "layer_age" in content:
+                unlike["ages"] += not np.array_equal(content["layer_age"], age)
             unlike["names"] += its_names not in ((), names)
         counts = [stack.thickness.shape[1] for stack in stacks]
         usual = self.count or (max(sorted(set(counts)), key=counts.count) if counts else 1)
