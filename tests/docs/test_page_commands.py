@@ -1,6 +1,7 @@
 """The commands and code of README and site do what the pages say."""
 
 import ast
+import contextlib
 import pkgutil
 import re
 
@@ -8,6 +9,7 @@ import pytest
 from fakes.pages import PAGES, RUN, blocks, commands, imported_names, run_page
 from fakes.repository import ROOT
 
+from fulgurite.__main__ import main
 from fulgurite.cli import parse
 from fulgurite.compare import read_plan
 
@@ -89,6 +91,29 @@ def test_commands_that_are_not_run_have_options_that_exist(block, workdir):
             assert parse(options).model.class_path
         elif words[1] == "compare" and is_packaged:
             assert read_plan(configs[0]).methods
+
+
+def list_other_commands():
+    """Words behind ``fulgurite`` of commands that are not run and train nothing, by command."""
+    lines = {}
+    for command in (c for block in NOT_RUN if block.language == "bash" for c in commands(block)):
+        words = command.words
+        if words[0] == "fulgurite" and words[1] not in ("fit", "test", "validate", "predict"):
+            lines.setdefault(words[1], []).append(words[2:])
+    return lines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "lines"), list_other_commands().items())
+def test_other_commands_that_are_not_run_have_options_that_exist(name, lines, capsys):
+    for words in lines:
+        part = [word for word in words[:1] if name in ("federate", "plates")]
+        with contextlib.suppress(SystemExit):  # of argparse, when it has printed
+            main([name, *part, "--help"])
+        text = capsys.readouterr().out
+        options = {word.partition("=")[0] for word in words if re.match("--[a-z]", word)}
+        for option in (option for option in options if "." not in option):
+            assert re.search(rf"{option}(?![\w-])", text), f"fulgurite {name} {option}"
 
 
 def test_dotted_names_of_the_pages_exist():

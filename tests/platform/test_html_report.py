@@ -1,5 +1,6 @@
 """Reports as one HTML file, which opens without a network."""
 
+import html
 import json
 import math
 import re
@@ -261,6 +262,27 @@ document.title = JSON.stringify({
   wider: document.documentElement.scrollWidth - window.innerWidth,
 });
 </script></body>"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_page_is_as_wide_as_its_window(comparison, tmp_path, width):
+    """In a frame, since no window of Chromium is narrower than 500 pixels."""
+    for folder in (comparison, write_run(tmp_path / "run")):
+        page = html.escape(write_report([folder]).read_text(), quote=True)
+        measure = (
+            "const page = document.querySelector('iframe').contentDocument.documentElement;"
+            "document.title = [page.ownerDocument.defaultView.innerWidth, page.scrollWidth]"
+        )
+        framed = tmp_path / "framed.html"
+        framed.write_text(
+            f'<title></title><iframe style="border: 0; width: {width}px; height: 900px"'
+            f' srcdoc="{page}"></iframe><script>onload = () => {{ {measure} }}</script>'
+        )
+        title = re.match("<html><head><title>(.*?)</title>", browse(framed, "--dump-dom"))[1]
+        window, content = map(int, title.split(","))
+        assert window == width
+        assert content <= width
 
 
 @pytest.mark.slow
