@@ -69,7 +69,7 @@ def _cifar():
     yield Target("cifar-pickle", [seed(dump) for dump in dumps], read_pickles)
 
 
-def _embeddings():
+def _image_embeddings():
     import pandas as pd
 
     from fulgurite.datamodules.cs_arm_bn.embeddings import read_embeddings
@@ -678,7 +678,7 @@ def _checkpoints():
 _GROUPS = (
     *(
         _cifar,
-        _embeddings,
+        _image_embeddings,
         _pictures,
         _arrays,
         _annotations,
@@ -694,4 +694,9 @@ _GROUPS = (
 
 def make_targets():
     """All formats, by name."""
-    return {target.name: target for group in _GROUPS for target in group()}
+    targets: dict[str, Target] = {}
+    for target in (target for group in _GROUPS for target in group()):
+        if target.name in targets:  # the second would be tried in the place of the first
+            raise ValueError(f"two formats are called {target.name}")
+        targets[target.name] = target
+    return targets
