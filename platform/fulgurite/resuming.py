@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import csv
+import json
 import random
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
@@ -371,7 +374,7 @@ def _gather_states(state: dict[str, Any]) -> list[dict[str, Any]]:
 MASK = "***"
 _SECRET_NAME = re.compile(
     r"(^|[._-])(api_?key|access_?key|secret_?key|private_?key|auth_?key|(auth|access|api|hf)_token"
-    r"|token|secret|passwd|password|passphrase|credentials?)$",
+    r"|token|secret|passwd|password|passphrase|credentials?|authorization)$",
     re.IGNORECASE,
 )
 _SECRET_VALUE = re.compile(
@@ -407,17 +410,31 @@ def masked_arguments(argv: Sequence[str]) -> list[str]:
     Example:
         >>> masked_arguments(["fit", "--model.token=abc", "--api_key", "x", "--data.tokens=2"])
         ['fit', '--model.token=***', '--api_key', '***', '--data.tokens=2']
+        >>> masked_arguments(["--trainer.logger={init_args: {token: abc}}"])
+        ['--trainer.logger={"init_args": {"token": "***"}}']
     """
     arguments: list[str] = []
     before = ""
     for argument in argv:
         name, equals, value = argument.partition("=")
         if argument.startswith("-") and equals:
-            arguments.append(f"{name}={masked(value, name.lstrip('-'))}")
+            arguments.append(f"{name}={_masked_text(value, name.lstrip('-'))}")
         else:
-            arguments.append(str(masked(argument, before.lstrip("-"))))
+            arguments.append(_masked_text(argument, before.lstrip("-")))
         before = argument if argument.startswith("-") and not equals else ""
     return arguments
+
+
+def _masked_text(text: str, name: str) -> str:
+    """A value as it is typed, which may be a mapping or a list that holds secrets."""
+    content = text
+    if text.lstrip().startswith(("{", "[")):
+        with suppress(yaml.YAMLError, ValueError):
+            content = yaml.safe_load(text)
+    hidden = masked(content, name)
+    if hidden == content:
+        return text
+    return hidden if isinstance(hidden, str) else json.dumps(hidden, default=str)
 
 
 def masked_names(content: Any, key: str = "") -> list[str]:

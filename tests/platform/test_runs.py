@@ -13,6 +13,7 @@ from fakes.fedsir import FEDAVG
 from fakes.options import QUIET
 
 from fulgurite.cli import parse
+from fulgurite.resuming import masked_arguments
 from fulgurite.run_folders import RunOptions, find_run, training_differences
 from fulgurite.tensor_files import load_plain, save_plain
 
@@ -245,6 +246,20 @@ def test_secrets_of_the_command_line_are_masked(fulgurite, workdir):
         error = error_of(fulgurite("fit", "--config", "run/config.yaml", "--run.dir=two"))
         assert "api_key" in error
         assert "was masked" in error
+
+
+def test_secrets_within_a_value_of_the_command_line_are_masked():
+    callback = (
+        '{class_path: Send, init_args: {api_key: "abc123", headers: {Authorization: abc123}}}'
+    )
+    addresses = '["https://me:abc123@example.org", "plain"]'
+    argv = ["fit", f"--trainer.callbacks+={callback}", "--data.addresses", addresses]
+    hidden = masked_arguments(argv)
+    assert "abc123" not in " ".join(hidden)
+    assert all(part in hidden[1] for part in ("--trainer.callbacks+={", "Send", "api_key"))
+    assert hidden[2:] == ["--data.addresses", '["https://***@example.org", "plain"]']
+    for other in ("{a: 1, tokens: [2, 3]}", "[1, 2", "{", "[x]"):
+        assert masked_arguments([f"--data.x={other}"]) == [f"--data.x={other}"]
 
 
 @pytest.mark.parametrize(
