@@ -258,6 +258,28 @@ def test_bad_data_is_one_line_that_names_the_file(fulgurite, sources, kind, file
     assert not Path("executed").exists()
 
 
+_ALIASES = "".join(
+    f"    {x}: &{x} [{','.join(10 * [f'*{y}'])}]\n" for y, x in zip("abcde", "bcdef", strict=True)
+)
+_BOMB = f"model:\n  class_path: torch.nn.Linear\n  init_args:\n    a: &a [1, 2]\n{_ALIASES}"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (_BOMB, "stands for more than 100,000 values by its aliases"),
+        ("trainer: &a {max_epochs: 1, logger: *a}", "this holds itself"),
+        (f"model: {'[' * 3000}{']' * 3000}", "nested"),
+        (f"trainer: {{max_epochs: {'9' * 5000}}}", "5000 digits"),
+    ],
+)
+def test_a_configuration_that_expands_is_one_line(fulgurite, workdir, content, words):
+    Path("bomb.yaml").write_text(content)
+    status, _, error = fulgurite("fit", "--config", "bomb.yaml")
+    assert (status, error.count("\n")) == (2, 1), error
+    assert words in error
+
+
 def test_a_second_run_leaves_the_first_alone(fit):
     fit(*SHORT[2:])
     fit(*SHORT[2:])

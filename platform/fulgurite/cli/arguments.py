@@ -4,13 +4,48 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+from jsonargparse import get_loader, set_loader
+
+from fulgurite.compare.yaml_file import check_aliases
 from fulgurite.systems import check_kind, read_keys, resolve_config
 
 __all__ = ["prepare_arguments"]
+
+_load_yaml = get_loader("yaml")
+
+
+_DEEPEST = 100  # levels; jsonargparse shows values by a recursion
+
+
+def _load_bounded_yaml(text: str) -> Any:
+    check_aliases(text)
+    try:
+        content = _load_yaml(text)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    except ValueError as error:  # such as an integer of ten thousand digits
+        raise yaml.YAMLError(str(error)) from error
+    level: list[Any] = [content]
+    for _ in range(_DEEPEST):
+        level = [child for value in level for child in _children(value)]
+        if not level:
+            return content
+    raise yaml.YAMLError(f"it is nested deeper than {_DEEPEST} levels")
+
+
+def _children(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+# of configurations, files that they include, and values: jsonargparse writes all aliases out
+set_loader("yaml", _load_bounded_yaml, (yaml.YAMLError,))
 
 
 def _run_config(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""YAML files of people, read within bounds."""
+"""YAML of people, read within bounds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import yaml
 
 from fulgurite.errors import ConfigError
 
-__all__ = ["read_yaml"]
+__all__ = ["check_aliases", "read_yaml"]
 
 _LARGEST = 2**20  # [bytes]; a comparison file has some ten thousand
 _MOST_VALUES = 100_000
@@ -59,6 +59,40 @@ def read_yaml(path: Path) -> Any:
         raise ConfigError(f"{path} is nested too deeply.", "Write it flatter.") from error
     except ValueError as error:  # such as an integer of ten thousand digits
         raise ConfigError(f"{path} holds a value that cannot be read: {error}.") from error
+
+
+def check_aliases(text: str) -> None:
+    r"""Whether a text of YAML stays small once its aliases are written out, as parsers do.
+
+    Raises:
+        YAMLError: It does not, it holds itself, or it is no YAML.
+
+    Example:
+        >>> check_aliases("a: &a [1, 2]\nb: *a")
+    """
+    if "&" in text and "*" in text:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if root is not None:
+            _count_expanded(root, {})
+
+
+def _count_expanded(node: yaml.Node, counts: dict[int, int]) -> int:
+    if (counted := counts.get(id(node))) is not None:
+        if not counted:
+            raise yaml.MarkedYAMLError(None, None, "this holds itself", node.start_mark)
+        return counted
+    counts[id(node)] = 0
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        children = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    number = 1 + sum(_count_expanded(child, counts) for child in children)
+    if number > _MOST_VALUES:
+        problem = f"this stands for more than {_MOST_VALUES:,} values by its aliases"
+        raise yaml.MarkedYAMLError(None, None, problem, node.start_mark)
+    counts[id(node)] = number
+    return number
 
 
 def _count(node: yaml.Node, path: Path, counts: dict[int, int], depth: int) -> int:
