@@ -127,13 +127,17 @@ def check_checkpoint(stored: Any, path: str | Path, *, resumes: bool) -> None:
         )
     if not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
         raise CheckpointError(f"{option} has weights that are no tensors.", _HINT)
+    for name in ("epoch", "global_step"):
+        if not isinstance(stored.get(name, 0), int):
+            raise CheckpointError(f"{option} has under '{name}' no whole number.", _HINT)
     if not resumes:
         return
-    lists = all(isinstance(stored.get(k), list) for k in ("optimizer_states", "lr_schedulers"))
-    if not lists or batches_done(stored) is None:
+    is_whole = all(isinstance(stored.get(k), list) for k in ("optimizer_states", "lr_schedulers"))
+    is_whole &= isinstance(stored.get("callbacks"), Mapping)  # best scores, rounds
+    if not is_whole or batches_done(stored) is None:
         raise CheckpointError(
-            f"{option} holds weights, but not the state of their training (optimizers, loops): "
-            "nothing can go on from it.",
+            f"{option} holds weights, but not the state of their training (optimizers, loops, "
+            "callbacks): nothing can go on from it.",
             "Give a whole checkpoint, such as last.ckpt.",
         )
 

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import csv
-import json
 import random
-import re
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
@@ -24,14 +20,12 @@ from typing_extensions import override
 
 from fulgurite.checkpoints import nan_tensors
 from fulgurite.errors import CheckpointError
+from fulgurite.foreign.reading import Reading, reading
 from fulgurite.io import atomic_write
 from fulgurite.predictions.inputs import serve_input
 from fulgurite.sampling import forget_training_data, restart_training_data
 
-__all__ = [
-    "ENDED", "MASK", "MetricsLogger", "RunTrainer", "TrainingState", "has_stopped", "masked",
-    "masked_arguments",
-]  # fmt: skip
+__all__ = ["ENDED", "MetricsLogger", "RunTrainer", "TrainingState", "has_stopped"]
 
 # --- metrics ------------------------------------------------------------------------------------
 
@@ -51,7 +45,9 @@ class _MetricsFile(ExperimentWriter):
         """The rows of the file, without one that was cut off."""
         if not self.file.is_file():
             return []
-        with self.file.open(encoding="utf-8", newline="") as file:
+        hint = "Put back a copy of it, or move it away: its rows are lost then."
+        record = reading(self.file, "The record of metrics", hint)
+        with record, self.file.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
             rows = [row for row in reader if None not in row and None not in row.values()]
             self.metrics_keys = list(reader.fieldnames or [])
@@ -203,7 +199,8 @@ class TrainingState(Callback):
                 f"note: the checkpoint's {', '.join(broken[:3])} is not a number", file=sys.stderr
             )
         if self.resumes:
-            self._stored = dict(checkpoint.get(_KEY) or {})
+            with self._taking_up(trainer):
+                self._stored = dict(checkpoint.get(_KEY) or {})
             self._counts = len(checkpoint["optimizer_states"]), len(checkpoint["lr_schedulers"])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -241,8 +238,18 @@ class TrainingState(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up metrics and random numbers."""
-        if not self._stored:
-            return
+        if self._stored:
+            with self._taking_up(trainer):
+                self._take_up(trainer, pl_module)
+            restart_training_data(trainer)
+
+    def _taking_up(self, trainer: Trainer) -> Reading:
+        hint = "It is damaged, or of another program: give another checkpoint."
+        path = str(trainer.ckpt_path)
+        fault = f"has a state of its run, '{_KEY}', that cannot be taken up"
+        return reading(path, "The checkpoint", hint, error=CheckpointError, fault=fault)
+
+    def _take_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.continued and (logger := metrics_logger(trainer)) is not None:
             logger.rewind(self._stored.get("rows"))
             if pending := self._stored.get("pending"):
@@ -254,7 +261,6 @@ class TrainingState(Callback):
         rank, world = trainer.global_rank, trainer.world_size
         if len(states) == world:
             _set_random_state(states[rank])
-        restart_training_data(trainer)
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Remember that something is trained."""
@@ -366,81 +372,3 @@ def _gather_states(state: dict[str, Any]) -> list[dict[str, Any]]:
     states: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(states, state)
     return states
-
-
-# --- secrets --------------------------------------------------------------------------------------
-
-#: What records hold in the place of a secret.
-MASK = "***"
-_SECRET_NAME = re.compile(
-    r"(^|[._-])(api_?key|access_?key|secret_?key|private_?key|auth_?key|(auth|access|api|hf)_token"
-    r"|token|secret|passwd|password|passphrase|credentials?|authorization)$",
-    re.IGNORECASE,
-)
-_SECRET_VALUE = re.compile(
-    r"^(hf_\w{16,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|sk-[\w-]{16,}"
-    r"|AKIA[0-9A-Z]{16}|xox[abp]-[\w-]{10,}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]+)$"
-)
-_IN_ADDRESS = re.compile(r"(?<=://)[^/@\s:]+:[^/@\s]+(?=@)")
-
-
-def masked(content: Any, name: str = "") -> Any:
-    """Content of a record with :data:`MASK` in the place of values that look like secrets.
-
-    Example:
-        >>> masked({"logger": {"api_key": "12345", "project": "a"}, "tokens": 2})
-        {'logger': {'api_key': '***', 'project': 'a'}, 'tokens': 2}
-        >>> masked("https://me:word@example.org/data")
-        'https://***@example.org/data'
-    """
-    if isinstance(content, Mapping):
-        return {key: masked(value, str(key)) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [masked(value, name) for value in content]
-    if isinstance(content, str) and content:
-        if _SECRET_NAME.search(name) or _SECRET_VALUE.match(content):
-            return MASK
-        return _IN_ADDRESS.sub(MASK, content)
-    return content
-
-
-def masked_arguments(argv: Sequence[str]) -> list[str]:
-    """A command line with :data:`MASK` in the place of values that look like secrets.
-
-    Example:
-        >>> masked_arguments(["fit", "--model.token=abc", "--api_key", "x", "--data.tokens=2"])
-        ['fit', '--model.token=***', '--api_key', '***', '--data.tokens=2']
-        >>> masked_arguments(["--trainer.logger={init_args: {token: abc}}"])
-        ['--trainer.logger={"init_args": {"token": "***"}}']
-    """
-    arguments: list[str] = []
-    before = ""
-    for argument in argv:
-        name, equals, value = argument.partition("=")
-        if argument.startswith("-") and equals:
-            arguments.append(f"{name}={_masked_text(value, name.lstrip('-'))}")
-        else:
-            arguments.append(_masked_text(argument, before.lstrip("-")))
-        before = argument if argument.startswith("-") and not equals else ""
-    return arguments
-
-
-def _masked_text(text: str, name: str) -> str:
-    """A value as it is typed, which may be a mapping or a list that holds secrets."""
-    content = text
-    if text.lstrip().startswith(("{", "[")):
-        with suppress(yaml.YAMLError, ValueError):
-            content = yaml.safe_load(text)
-    hidden = masked(content, name)
-    if hidden == content:
-        return text
-    return hidden if isinstance(hidden, str) else json.dumps(hidden, default=str)
-
-
-def masked_names(content: Any, key: str = "") -> list[str]:
-    """Options of a configuration whose value is :data:`MASK`."""
-    if isinstance(content, Mapping):
-        return [n for k, v in content.items() for n in masked_names(v, f"{key}.{k}".lstrip("."))]
-    if isinstance(content, list | tuple):
-        return [name for value in content for name in masked_names(value, key)]
-    return [key] if isinstance(content, str) and MASK in content else []

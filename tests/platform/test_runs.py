@@ -13,7 +13,7 @@ from fakes.fedsir import FEDAVG
 from fakes.options import QUIET
 
 from fulgurite.cli import parse
-from fulgurite.resuming import masked_arguments
+from fulgurite.masking import masked_arguments
 from fulgurite.run_folders import RunOptions, find_run, training_differences
 from fulgurite.tensor_files import load_plain, save_plain
 
@@ -269,6 +269,10 @@ def test_secrets_within_a_value_of_the_command_line_are_masked():
         ({"state_dict": {}}, "is no checkpoint of a Lightning training"),
         ({"state_dict": {"a": 1}, "pytorch-lightning_version": "2"}, "are no tensors"),
         ({"state_dict": {}, "pytorch-lightning_version": "2"}, "not the state of their training"),
+        (
+            {"state_dict": {}, "pytorch-lightning_version": "2", "epoch": "x"},
+            "under 'epoch' no whole number",
+        ),
     ],
 )
 def test_what_is_no_checkpoint_is_one_line(fulgurite, workdir, content, words):
@@ -304,6 +308,30 @@ def test_missing_optimizers_are_refused_and_nan_is_said(fulgurite, one_run, caps
     save_plain(state, file)
     command = ("fit", *SMOKE, f"--run.dir={one_run}", "--ckpt_path=last")
     assert "optimizers, the model has" in error_of(fulgurite(*command, "--trainer.max_epochs=2"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"callbacks": None}, "not the state of their training (optimizers, loops, callbacks)"),
+        ({"fulgurite": [1]}, "has a state of its run, 'fulgurite', that cannot be taken up"),
+        ({"fulgurite": {"rows": "x"}}, "has a state of its run, 'fulgurite', that cannot be"),
+        ({"optimizer_states": [3]}, "The checkpoint cannot be taken up (AttributeError"),
+    ],
+)
+def test_forged_states_of_a_training_are_one_line(fulgurite, one_run, change, words):
+    file = one_run / "checkpoints/last.ckpt"
+    save_plain({**load_plain(file, "last"), **change}, file)
+    assert words in error_of(fulgurite("fit", *SMOKE, "--trainer.max_epochs=2", "--ckpt_path=last"))
+
+
+def test_a_record_of_metrics_that_is_none_is_one_line(fulgurite, one_run):
+    (one_run / "metrics.csv").write_bytes(b"\x80\x81")
+    command = ("fit", *SMOKE, "--trainer.max_epochs=2", "--ckpt_path=last")
+    error = error_of(fulgurite(*command))
+    assert f"The record of metrics {one_run}/metrics.csv cannot be read" in error
+    (one_run / "summary.json").unlink()
+    assert "holds no table of metrics" in error_of(fulgurite("report", str(one_run)))
 
 
 def test_which_options_make_another_training():

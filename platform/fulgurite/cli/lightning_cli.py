@@ -27,12 +27,13 @@ from fulgurite.cli.saving import SaveRun
 from fulgurite.cli.starting_point import StartFinder, StartingPoint
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.indexing import indexing_arguments
+from fulgurite.masking import masked, masked_names
 from fulgurite.predictions import PredictionWriter
 from fulgurite.predictions.inputs import locate_input
 from fulgurite.ranks import end_launched_ranks, is_first_process
 from fulgurite.records import remove_objects
 from fulgurite.replacing import dropping_replaced_arguments
-from fulgurite.resuming import MetricsLogger, RunTrainer, TrainingState, masked, masked_names
+from fulgurite.resuming import MetricsLogger, RunTrainer, TrainingState
 from fulgurite.run_folders import (
     CHECKPOINT_VARIABLE,
     LINKS,

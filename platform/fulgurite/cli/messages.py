@@ -9,6 +9,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import traceback
 from argparse import ArgumentError
 from dataclasses import is_dataclass
 from types import UnionType
@@ -19,9 +20,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
 from fulgurite.errors import CheckpointError, ConfigError, FulguriteError, RunError, near_miss
+from fulgurite.foreign.reading import describe_error
 from fulgurite.run_folders import RunOptions
 
 __all__ = ["as_our_error"]
+
+_RESTORING = "lightning.pytorch.trainer.connectors.checkpoint_connector"
 
 
 def as_our_error(error: Exception) -> FulguriteError | None:
@@ -46,7 +50,22 @@ def as_our_error(error: Exception) -> FulguriteError | None:
             f"The checkpoint does not fit the model: {problem[:300]}",
             "Use the model.* options of the run that wrote it.",
         )
+    if isinstance(error, _FORGED) and _raised_while_restoring(error):
+        return CheckpointError(
+            f"The checkpoint cannot be taken up ({type(error).__name__}: {describe_error(error)}).",
+            "It is damaged, or of another program; --debug shows where.",
+        )
     return None
+
+
+# what loops, callbacks and optimizers raise at states that are none of theirs
+_FORGED = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
+
+def _raised_while_restoring(error: Exception) -> bool:
+    """Whether Lightning was restoring a checkpoint when an error was raised."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(frame.f_globals.get("__name__") == _RESTORING for frame in frames)
 
 
 def _parameters(class_path: str) -> list[str]:

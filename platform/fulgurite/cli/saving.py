@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
 from fulgurite.io import write_text
-from fulgurite.resuming import masked_arguments
+from fulgurite.masking import masked_arguments
 from fulgurite.run_folders import environment, set_records_aside, write_json
 
 __all__ = ["SaveRun"]

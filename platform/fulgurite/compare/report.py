@@ -127,12 +127,12 @@ def run_summary(folder: Path) -> str:
 def _last_metrics(path: Path) -> dict[str, float]:
     last: dict[str, float] = {}
     if path.is_file():
-        with path.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                try:
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                for row in csv.DictReader(file):
                     last.update({k: float(v) for k, v in row.items() if k and v})
-                except (TypeError, ValueError) as error:
-                    raise ConfigError(f"{path} holds no table of metrics.") from error
+        except (TypeError, ValueError, csv.Error) as error:
+            raise ConfigError(f"{path} holds no table of metrics.") from error
     return last
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from fulgurite.checkpoints import check_checkpoint
 from fulgurite.errors import CheckpointError, ConfigError
 from fulgurite.loading import load
-from fulgurite.resuming import masked_names
+from fulgurite.masking import masked_names
 from fulgurite.run_folders import (
     find_checkpoint,
     holds_run,
