@@ -273,11 +273,15 @@ class ControlContext(Callback):
         """Log the mean adaptive query weight, if there is one."""
         assert isinstance(pl_module, PlateClassifier)
         for number, used in self._weights.items():
-            if used or self._repeated.get(number):  # every rank takes part in a mean over ranks
-                prefix = pl_module.metric_prefix(stage, number, len(self._weights))
-                mean = torch.stack(used or self._repeated[number]).mean()
-                name = f"{prefix}/query_weight"
-                pl_module.log(name, mean, batch_size=len(used), sync_dist=True)
+            repeated = self._repeated.get(number, [])
+            if not (used or repeated):
+                continue
+            # summed here, on every rank: Lightning divides sums of batch sizes without remainder
+            total = torch.stack(used).sum() if used else torch.zeros_like(repeated[0])
+            sums = torch.stack([total, torch.full_like(total, len(used))])
+            total, count = pl_module.trainer.strategy.reduce(sums, reduce_op="sum")
+            prefix = pl_module.metric_prefix(stage, number, len(self._weights))
+            pl_module.log(f"{prefix}/query_weight", total / count, sync_dist=True)
 
     # --- deployment ------------------------------------------------------------------------------
 

@@ -41,7 +41,7 @@ from fulgurite.models.cs_arm_bn.modes import compare_modes
 from fulgurite.models.cs_arm_bn.profiles import outlier_score, plate_profile
 from fulgurite.models.cs_arm_bn.references import reference_state
 from fulgurite.testing.plates import select_rows
-from fulgurite.testing.survival import start_forked
+from fulgurite.testing.survival import find_free_port, start_call, start_forked
 
 L, N, K = 8, 6, 4
 ROWS = ("images", "label", "row", "well", "counted", "query_domain")  # columns of queries
@@ -546,6 +546,43 @@ def test_two_processes_train_validate_and_predict_as_one(fit, run_two, weights):
     np.testing.assert_allclose(
         found["probabilities"][order], expected["probabilities"][other], atol=1e-6
     )
+
+
+class TwoPlates(Plates):
+    """A test set of fewer plates than there are ranks."""
+
+    test_sets = ("both",)
+
+    def test_dataloader(self):
+        return self.loader([make_plate(6), make_plate(7, controls=3)])
+
+
+def test_plates_count_once_over_three_ranks(tmp_path):
+    def measure(**options):
+        torch.manual_seed(0)
+        trainer = quiet_trainer(callbacks=[ControlContext(figures=False)], **options)
+        (metrics,) = trainer.test(make_module(AdaptiveWeight()), TwoPlates(), verbose=False)
+        return metrics
+
+    port = str(find_free_port())
+
+    def join(rank):
+        def work():
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE="3", **address)
+            metrics = measure(strategy="ddp", devices=3)
+            (tmp_path / f"{rank}.json").write_text(json.dumps(metrics))
+
+        return work
+
+    forks = [start_call(join(rank), tmp_path) for rank in range(3)]
+    alone = measure()
+    for rank, fork in enumerate(forks):
+        ended = fork.wait()
+        assert ended.status == 0, ended.output
+        metrics = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert metrics == pytest.approx(alone, abs=1e-6)
+    assert alone["test/query_weight"] > 0
 
 
 # --- training mode against test mode --------------------------------------------------------------
