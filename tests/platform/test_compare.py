@@ -276,6 +276,20 @@ def test_a_failing_cell_harms_no_other(place, monkeypatch, trouble, says):
     assert not list(failed.iterdir())
 
 
+def test_secrets_are_masked_in_records_and_logs(place, monkeypatch):
+    methods = {"a": {"args": {"method": "a", "token": "abc123", "trouble": "raise"}}}
+    file = write(place, methods=methods, settings=None, args={"p": 0.5}, seeds=[0], quick=None)
+    go(file)
+    failed = [path.read_text() for path in Path("out").rglob("*.log")]
+    assert any("--token=***" in text and "abc123" not in text for text in failed)
+    monkeypatch.setenv("TROUBLE", "off")
+    go(file, retry_failed=True)
+    contents = {path.name: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    del contents["comparison.yaml"]  # the file of the user
+    assert not [name for name, content in contents.items() if b"abc123" in content]
+    assert b"--token=***" in contents["a__seed=0.json"]
+
+
 def test_a_missing_metric_is_a_failure(place):
     comparison = go(write(place, metric="test/f1", seeds=[0]), only=["a", "p=0.5"])
     (failure,) = comparison.failures.values()

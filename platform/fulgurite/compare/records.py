@@ -16,6 +16,7 @@ from typing import Any
 
 from fulgurite import __version__
 from fulgurite.compare.trial import Trial, TrialResult, trial_id
+from fulgurite.masking import masked_arguments
 from fulgurite.run_folders import write_json
 
 __all__ = ["Record", "TrialRecords", "outdated_name", "read_record"]
@@ -143,7 +144,7 @@ class TrialRecords:
             **_identify_trial(trial),
             "digest": trial.digest,
             "parts": dict(trial.parts),
-            "commands": commands,
+            "commands": [masked_arguments(command) for command in commands],
             "metrics": {**spent, **result.metrics},
             "seconds": round(result.seconds, 3),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from fulgurite.compare.plan import ComparisonPlan
 from fulgurite.compare.trial import LAST_CHECKPOINT, Training, Trial, TrialResult
 from fulgurite.compare.worker import Job
+from fulgurite.masking import masked_arguments
 from fulgurite.run_folders import write_json
 
 __all__ = ["Trainings", "link_origins"]
@@ -137,7 +138,7 @@ class Trainings:
                 self._failed[result.id] = f"the {step} failed: {result.error}"
                 continue
             record: dict[str, Any] = {
-                "commands": jobs[result.id].commands,
+                "commands": [masked_arguments(c) for c in jobs[result.id].commands],
                 "metrics": result.metrics,
                 "seconds": round(result.seconds, 3),
             }

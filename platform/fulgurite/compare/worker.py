@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fulgurite.compare.trial import TrialResult
+from fulgurite.masking import masked_arguments
 from fulgurite.run_folders.metrics import read_metrics
 
 __all__ = ["STARTED", "Job", "execute_job", "serve"]
@@ -77,7 +78,7 @@ def execute_job(job: Job, runner: str) -> TrialResult:
             main = getattr(importlib.import_module(module), function)
             _one_thread()
             for command in job.commands:
-                print("$ fulgurite", *command, flush=True)
+                print("$ fulgurite", *masked_arguments(command), flush=True)
                 code = main(list(command))
                 if code:
                     error = f"`fulgurite {command[0]}` ended with exit status {code}"
