@@ -43,8 +43,8 @@ def survive(folder, monkeypatch, name, *options):
 )
 def test_two_kills_change_nothing(tmp_path, monkeypatch, name):
     training = survive(tmp_path, monkeypatch, name)
-    _, different = training.kill_and_resume("killed", kills=2, seed=1)
-    assert different == []
+    # this seed draws 0.31 and 0.28 of the time that is needed: neither comes after the end
+    assert training.kill_and_resume("killed", kills=2, seed=184) == (2, [])
 
 
 @pytest.mark.figures
@@ -64,8 +64,7 @@ def test_twenty_kills_change_nothing(tmp_path, monkeypatch, name):
 @pytest.mark.parametrize("name", ["cs_arm_bn", "ice_layers"])
 def test_kills_with_workers_change_nothing(tmp_path, monkeypatch, name):
     training = survive(tmp_path, monkeypatch, name, "--data.init_args.num_workers=1")
-    _, different = training.kill_and_resume("killed", kills=2, seed=2)
-    assert different == []
+    assert training.kill_and_resume("killed", kills=2, seed=184) == (2, [])
 
 
 @pytest.mark.parametrize(
