@@ -280,6 +280,16 @@ def test_a_configuration_that_expands_is_one_line(fulgurite, workdir, content, w
     assert words in error
 
 
+def test_a_full_disk_in_a_worker_is_one_line():
+    from fulgurite.cli.messages import as_our_error
+
+    text = "Caught OSError in DataLoader worker process 0.\nOSError: [Errno 28] No space left"
+    assert "written or read (No space left on device). Make room" in str(
+        as_our_error(OSError(text))
+    )
+    assert as_our_error(OSError("a text alone")) is None
+
+
 def test_a_second_run_leaves_the_first_alone(fit):
     fit(*SHORT[2:])
     fit(*SHORT[2:])

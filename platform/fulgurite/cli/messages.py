@@ -7,6 +7,7 @@ import difflib
 import errno
 import importlib
 import inspect
+import os
 import pkgutil
 import re
 import traceback
@@ -214,14 +215,23 @@ def _outside(error: BaseException | None) -> RunError | None:
                 f"The processes of the run have lost each other ({text[:160]}).",
                 "See what the others printed before; a fit goes on with --ckpt_path=last.",
             )
-        if isinstance(error, OSError) and error.errno in _DISK:
+        if isinstance(error, OSError) and _number_of(error) in _DISK:
             file = error.filename or "a file"
             return RunError(
-                f"{file} cannot be written or read ({error.strerror}).",
-                "Make room, or name another folder with --run.dir; checkpoints are as they were.",
+                f"{file} cannot be written or read ({os.strerror(_number_of(error))}).",
+                "Make room, or name another folder with --run.dir (FULGURITE_CACHE for the cache); "
+                "checkpoints are as they were.",
             )
         error = error.__cause__ or error.__context__
     return None
+
+
+def _number_of(error: OSError) -> int:
+    """The number of an error; workers of a DataLoader leave it in a text alone."""
+    if error.errno is not None:
+        return error.errno
+    numbers = re.findall(r"\[Errno (\d+)\]", str(error))
+    return int(numbers[-1]) if numbers else 0
 
 
 def _find_own(error: BaseException | None) -> FulguriteError | None:

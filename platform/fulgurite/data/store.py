@@ -5,6 +5,7 @@ Axes: N entries of a stream.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import platformdirs
 
-from fulgurite.errors import DataError
+from fulgurite.errors import DataError, FulguriteError
 from fulgurite.io import atomic_write, file_lock
 
 __all__ = ["ArrayStore", "ArrayStream", "cache_folder", "cached_folder", "cached_store"]
@@ -69,7 +70,7 @@ def cached_folder(key: str, write: Callable[[Path], None], size: int | None = No
                     shutil.rmtree(left_over, ignore_errors=True)  # of a killed process
                 with atomic_write(folder) as temporary:
                     temporary.mkdir()
-                    write(temporary)
+                    _fill(temporary, write)
     except OSError as error:
         if not folder.exists():  # else another rank without a lock was faster
             room = f"{size:,} free bytes" if size else "room"
@@ -78,6 +79,19 @@ def cached_folder(key: str, write: Callable[[Path], None], size: int | None = No
                 f"Set FULGURITE_CACHE to a folder with {room}.",
             ) from error
     return folder
+
+
+_FULL = 2**20  # [bytes]; less than any file of a cache is written with
+
+
+def _fill(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write into a folder; HDF5 gives no reason where its disk is full."""
+    try:
+        write(folder)
+    except RuntimeError as error:
+        if isinstance(error, FulguriteError) or shutil.disk_usage(folder).free > _FULL:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 
 
 class ArrayStore:

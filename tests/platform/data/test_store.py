@@ -2,6 +2,7 @@
 
 import pickle
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fulgurite.data.pool import FEWEST_JOBS, run_in_processes
-from fulgurite.data.store import ArrayStore, ArrayStream, cache_folder, cached_store
+from fulgurite.data.store import ArrayStore, ArrayStream, cache_folder, cached_folder, cached_store
 from fulgurite.errors import DataError
 
 
@@ -109,3 +110,19 @@ def test_an_error_of_a_job_is_raised_as_it_is(monkeypatch, is_parallel):
 
 def test_the_folder_of_a_key_is_in_the_cache(cache):
     assert Path(cached_store("a", write).folder).parent == cache
+
+
+def test_a_full_disk_is_named_where_hdf5_gives_no_reason(monkeypatch, tmp_path):
+    monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path))
+
+    def write(folder):
+        raise RuntimeError("NetCDF: HDF error")
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**40))
+    with pytest.raises(RuntimeError, match="HDF error"):
+        cached_folder("a", write)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4096))
+    with pytest.raises(DataError, match=r"cache .* \(No space left on device\)"):
+        cached_folder("a", write)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.lock"]
