@@ -72,10 +72,14 @@ def test_a_resumed_run_goes_on_in_its_folder(fulgurite, one_run):
 
 def test_a_moved_run_keeps_its_best_score(fulgurite, one_run):
     shutil.move(one_run, "elsewhere")
+    state = load_plain("elsewhere/checkpoints/last.ckpt", "last")
+    state["fulgurite"]["conditions"]["threads"] = 77
+    save_plain(state, "elsewhere/checkpoints/last.ckpt")
     command = ("fit", *SMOKE, "--run.dir=elsewhere", "--ckpt_path=last", "--trainer.max_epochs=2")
     status, _, error = fulgurite(*command)
     assert status == 0
     assert "dirpath" not in error
+    assert "note: the run went on threads 77 (now " in error
     scores = [
         float(s["best_model_score"])
         for k, s in load_plain("elsewhere/checkpoints/last.ckpt", "last")["callbacks"].items()
