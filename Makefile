@@ -91,6 +91,7 @@ docs: $(INSTALLED)
 # Published tables, from their records in results/.
 tables: $(INSTALLED)
 	$(BIN)/python results/tables.py
+	$(BIN)/python results/figures.py
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
