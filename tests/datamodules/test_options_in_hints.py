@@ -9,8 +9,9 @@ import pytest
 
 from fulgurite.datamodules import cs_arm_bn, fedsir
 
-NAMED = re.compile(r"(\{_OPTION\}|--data\.init_args)((?:\.\w+)*)")
-PREFIX = re.compile(r'^_OPTION = "(.*)"', re.MULTILINE)
+# an option as it stands in a message, or after a constant with its beginning
+NAMED = re.compile(r"(?:\{(_[A-Z]+)\}|--data\.init_args)((?:\.\w+)*)")
+CONSTANT = re.compile(r'^(_[A-Z]+) = "(--data\.init_args.*)"', re.MULTILINE)
 #: What derives from a class can stand where the option says.
 KINDS = {
     fedsir: {"source": "ImageSource", "partition": "Partition", "noise": "FederationNoise"},
@@ -39,11 +40,11 @@ def test_options_of_data_that_hints_name_are_there(package):
     count = 0
     for path in sorted(Path(package.__file__).parent.glob("*.py")):
         text = path.read_text()
-        prefix = PREFIX.search(text)
-        for start, rest in NAMED.findall(text):
-            if start == "{_OPTION}" and prefix is None:
+        beginnings = {"": "--data.init_args", **dict(CONSTANT.findall(text))}
+        for constant, rest in NAMED.findall(text):
+            if constant not in beginnings:
                 continue
-            option = (prefix[1] if start == "{_OPTION}" else start) + rest
+            option = beginnings[constant] + rest
             keys = option.removeprefix("--data.init_args.").split(".")
             if len(keys) > 2 and keys[0] in known and keys[1] == "init_args":
                 count += 1
