@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader, set_loader
 
-from fulgurite.compare.yaml_file import check_aliases
+from fulgurite.compare.yaml_file import check_aliases, check_keys
+from fulgurite.errors import ConfigError
 from fulgurite.systems import check_kind, read_keys, resolve_config
 
 __all__ = ["prepare_arguments"]
@@ -25,6 +26,7 @@ _DEEPEST = 100  # levels; jsonargparse shows values by a recursion
 def _load_bounded_yaml(text: str) -> Any:
     check_aliases(text)
     try:
+        check_keys(text)
         content = _load_yaml(text)
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None
@@ -56,7 +58,27 @@ def _run_config(name: str) -> Path:
     """
     path = resolve_config(name)
     check_kind(name, read_keys(path), "run")
+    _check_file(path)
     return path
+
+
+def _check_file(path: Path) -> None:
+    """Name the file that is no configuration; the parser's errors do not.
+
+    Raises:
+        ConfigError: The file is no YAML, gives a key twice, or holds no options.
+    """
+    try:
+        root = check_keys(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path} cannot be read{line}: {error.problem}.") from error
+    except (OSError, RecursionError, UnicodeDecodeError, yaml.YAMLError):
+        return  # which the parser names
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(
+            f"{path} holds no options.", "Write them as a mapping: `model:`, `data:`, `trainer:`."
+        )
 
 
 def prepare_arguments(argv: Sequence[str]) -> list[str]:

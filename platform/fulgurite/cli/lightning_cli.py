@@ -25,6 +25,7 @@ from fulgurite.checkpoints import CheckpointFiles, RunCheckpoint
 from fulgurite.cli.metrics import metrics_table, select_telling_metrics, sort_metrics
 from fulgurite.cli.saving import SaveRun
 from fulgurite.cli.starting_point import StartFinder, StartingPoint
+from fulgurite.cli.trainer_options import check_trainer_options
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.indexing import indexing_arguments
 from fulgurite.masking import masked, masked_names
@@ -37,6 +38,8 @@ from fulgurite.resuming import MetricsLogger, RunTrainer, TrainingState
 from fulgurite.run_folders import (
     CHECKPOINT_VARIABLE,
     LINKS,
+    NO_NAME,
+    NO_SYSTEM,
     RunLock,
     RunOptions,
     new_run_folder,
@@ -178,12 +181,16 @@ class FulguriteCLI(LightningCLI):
         return Path(str(first)) if first else None
 
     def _name_run(self) -> None:
-        """System and name of the run from its first configuration file, unless given."""
+        """System and name of the run from its first configuration file, unless given.
+
+        They are recorded also where there is no such file, so that a record that is run again is
+        not called after the folder that it lies in.
+        """
         run, path = self.section.run, self._first_config
-        if run.system is None and path is not None:
-            run.system = name_system(path)
-        if run.name is None and path is not None:
-            run.name = path.stem
+        if run.system is None:
+            run.system = name_system(path) if path else NO_SYSTEM
+        if run.name is None:
+            run.name = path.stem if path else NO_NAME
 
     def resolved_config(self) -> dict[str, Any]:
         """Every option with its value, without those of one run alone; plain types."""
@@ -299,6 +306,7 @@ class FulguriteCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, CheckpointFiles()]
         _check_strategy(config.get("strategy"))
+        check_trainer_options(config)
         check_callbacks(callbacks, self.model)
         try:
             return super().instantiate_trainer(**kwargs)

@@ -7,6 +7,7 @@ import difflib
 import errno
 import importlib
 import inspect
+import linecache
 import os
 import pkgutil
 import re
@@ -23,6 +24,7 @@ from lightning.pytorch import Trainer
 from fulgurite.errors import CheckpointError, ConfigError, FulguriteError, RunError, near_miss
 from fulgurite.foreign.reading import describe_error
 from fulgurite.run_folders import RunOptions
+from fulgurite.systems import RUN_COMMANDS
 
 __all__ = ["as_our_error"]
 
@@ -56,6 +58,8 @@ def as_our_error(error: Exception) -> FulguriteError | None:
             f"The checkpoint cannot be taken up ({type(error).__name__}: {describe_error(error)}).",
             "It is damaged, or of another program; --debug shows where.",
         )
+    if _reported_by_lightning(error):
+        return ConfigError(" ".join(str(error).split()))
     return None
 
 
@@ -69,13 +73,29 @@ def _raised_while_restoring(error: Exception) -> bool:
     return any(frame.f_globals.get("__name__") == _RESTORING for frame in frames)
 
 
+def _reported_by_lightning(error: Exception) -> bool:
+    """Whether Lightning refuses something itself, and is not where other code has failed."""
+    frames = [*traceback.walk_tb(error.__traceback__)]
+    if not frames or not isinstance(
+        error, NotImplementedError | RuntimeError | TypeError | ValueError
+    ):
+        return False
+    frame, line = frames[-1]
+    code = linecache.getline(frame.f_code.co_filename, line).lstrip()
+    return frame.f_globals.get("__name__", "").startswith("lightning.") and code.startswith(
+        "raise "
+    )
+
+
 def _parameters(class_path: str) -> list[str]:
     """Names of the constructor arguments of a class given by its path."""
     module, _, name = class_path.rpartition(".")
     try:
-        return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+        parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
     except (ImportError, AttributeError, ValueError, TypeError):
         return []
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [name for name, parameter in parameters.items() if parameter.kind not in several]
 
 
 def _nearest_nested(owner: str, name: str) -> str:
@@ -135,10 +155,26 @@ def _one_line(message: str) -> str:
     classes = re.findall(r"class_path '([^']+)'", message)
     owner = classes[-1] if classes else ""
     if wrong := re.search(r"Option '([^']+)' is not accepted", message):
-        near = difflib.get_close_matches(wrong[1], _parameters(owner), n=1, cutoff=0.5)
-        hint = f"Did you mean '{near[0]}'?" if near else f"It has: {', '.join(_parameters(owner))}."
-        return f"{prefix}{owner or 'the class'} has no option '{wrong[1]}'. {hint}"
+        if not classes:  # a key of a configuration, on its first level
+            hint = near_miss(wrong[1], keys) or "See `fulgurite fit --help`."
+            return f"There is no option '{wrong[1]}'. {hint}"
+        refusing = re.search(r"class_path '([^']+)':\s+Option '", message)
+        owner = refusing[1] if refusing else owner
+        choices = _parameters(owner)
+        near = difflib.get_close_matches(wrong[1], choices, n=1, cutoff=0.5)
+        hint = f"Did you mean '{near[0]}'?" if near else f"It has: {', '.join(choices)}."
+        hint = hint if choices else "It has no options of its own."
+        return f"{prefix}{owner} has no option '{wrong[1]}'. {hint}"
     if group := re.search(r"Group '([\w.]+)' does not accept option '([^']+)'", message):
+        if group[1] in RUN_COMMANDS:
+            return (
+                f"There is no option '{group[1]}.{group[2]}'. Move what is below `{group[1]}:` to "
+                "the first level of the file: one configuration is for all commands."
+            )
+        if not owner:  # a key of a configuration
+            option = f"{group[1]}.{group[2]}"
+            hint = near_miss(option, keys) or "See `fulgurite fit --help`."
+            return f"There is no option '{option}'. {hint}"
         nested = _nearest_nested(owner, f"{group[1]}.{group[2]}")
         return f"{prefix}{owner}: {group[1]} has no option '{group[2]}'. {nested}".rstrip()
     if unknown := re.search(r"(?:[Uu]nrecognized arguments: --|[Kk]ey ')([\w.]+)", message):
@@ -163,6 +199,11 @@ def _one_line(message: str) -> str:
         hint = f"Check the class path{_near_class(message)}{places}."
         return f"{prefix}{absent[0].strip()}. {hint}"
     lines = [line.strip(" -") for line in message.splitlines()]
+    if short := re.search(r"Expected a dot import path string: (\w+)$", message, re.MULTILINE):
+        lines = [
+            f"'{short[1]}' is no class that is known by its name alone; give its path, such as "
+            f"package.module.{short[1]}"
+        ]
     if "Given value: Namespace(class_path=" in message:  # the class was found and refused
         lines = [line for line in lines if line != "Expected a <class 'str'>"]
     reasons = dict.fromkeys(line for line in lines if line and not _NOISE.match(line))

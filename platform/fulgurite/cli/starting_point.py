@@ -91,6 +91,8 @@ class StartFinder:
             ConfigError: The checkpoint is of a training with other options.
         """
         checkpoint, command = self.section.get("ckpt_path"), self.command
+        if checkpoint == "":  # of an unset variable of the shell
+            raise ConfigError("--ckpt_path is empty.", "Name a checkpoint, or leave it out.")
         if not checkpoint:
             if command != "fit" and is_first_process():
                 print(

@@ -9,7 +9,7 @@ import yaml
 
 from fulgurite.errors import ConfigError
 
-__all__ = ["check_aliases", "read_yaml"]
+__all__ = ["check_aliases", "check_keys", "read_yaml"]
 
 _LARGEST = 2**20  # [bytes]; a comparison file has some ten thousand
 _MOST_VALUES = 100_000
@@ -74,6 +74,40 @@ def check_aliases(text: str) -> None:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if root is not None:
             _count_expanded(root, {})
+
+
+def check_keys(text: str) -> yaml.Node | None:
+    r"""Whether no mapping in a text of YAML gives a key twice: parsers take the last one.
+
+    Returns:
+        What the text holds; None for nothing.
+
+    Raises:
+        YAMLError: One does, or it is no YAML.
+
+    Example:
+        >>> check_keys("a: 1\nb: {a: 2}").tag
+        'tag:yaml.org,2002:map'
+    """
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    nodes, seen = [root] if root is not None else [], set[int]()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in seen or isinstance(node, yaml.ScalarNode):
+            continue
+        seen.add(id(node))
+        if not isinstance(node, yaml.MappingNode):
+            nodes += node.value
+            continue
+        names = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge"):
+                if (key.tag, key.value) in names:
+                    problem = f"this gives {key.value!r} again"
+                    raise yaml.MarkedYAMLError(None, None, problem, key.start_mark)
+                names.add((key.tag, key.value))
+            nodes.append(value)
+    return root
 
 
 def _count_expanded(node: yaml.Node, counts: dict[int, int]) -> int:

@@ -26,6 +26,8 @@ from fulgurite.run_folders.finding import find_checkpoint, find_run
 from fulgurite.run_folders.folders import (
     CHECKPOINT_VARIABLE,
     LAST,
+    NO_NAME,
+    NO_SYSTEM,
     RUN_DIR_VARIABLE,
     RunLock,
     RunOptions,
@@ -45,6 +47,8 @@ __all__ = [
     "CHECKPOINT_VARIABLE",
     "LAST",
     "LINKS",
+    "NO_NAME",
+    "NO_SYSTEM",
     "RUN_DIR_VARIABLE",
     "RunLock",
     "RunOptions",

@@ -15,6 +15,8 @@ from fulgurite.run_folders.records import holds_run
 __all__ = [
     "CHECKPOINT_VARIABLE",
     "LAST",
+    "NO_NAME",
+    "NO_SYSTEM",
     "RUNS_VARIABLE",
     "RUN_DIR_VARIABLE",
     "RunLock",
@@ -30,6 +32,7 @@ RUN_DIR_VARIABLE = (
 )
 CHECKPOINT_VARIABLE = "FULGURITE_CHECKPOINT"  # and which checkpoint the first of them has found
 LAST = Path("checkpoints") / "last.ckpt"
+NO_SYSTEM, NO_NAME = "custom", "run"  # of a command line without a configuration
 
 
 def _find_root() -> str:
@@ -59,10 +62,20 @@ class RunOptions:
     dir: str | None = None
     new: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse empty names, such as those of unset variables of the shell.
+
+        Raises:
+            ConfigError: A folder or a name is empty.
+        """
+        for name in ("root", "system", "name", "dir"):
+            if getattr(self, name) == "":
+                raise ConfigError(f"--run.{name} is empty.", "Name a folder, or leave it out.")
+
     @property
     def parent(self) -> Path:
         """The folder in which the runs of this name lie side by side."""
-        return Path(self.root) / (self.system or "custom") / (self.name or "run")
+        return Path(self.root) / (self.system or NO_SYSTEM) / (self.name or NO_NAME)
 
 
 def _find_free_dir(folder: Path) -> Path:

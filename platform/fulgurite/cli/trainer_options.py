@@ -1,0 +1,35 @@
+"""Options of the trainer that Lightning takes without a look at their values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fulgurite.errors import ConfigError
+
+__all__ = ["check_trainer_options"]
+
+# by which Lightning divides without a look at them
+_POSITIVE = ("accumulate_grad_batches", "check_val_every_n_epoch")
+
+
+def check_trainer_options(config: Mapping[str, Any]) -> None:
+    """Refuse options of the trainer that Lightning would fail at, or ignore, in the middle.
+
+    Raises:
+        ConfigError: A count is not positive, or nothing is to be recorded.
+    """
+    if (interval := config.get("val_check_interval")) is not None and interval == 0:
+        raise ConfigError(
+            "trainer.val_check_interval is 0.",
+            "Give a number of batches, or a share of an epoch; trainer.limit_val_batches=0 leaves "
+            "validation out.",
+        )
+    for name in _POSITIVE:
+        if (count := config.get(name)) is not None and count < 1:
+            raise ConfigError(f"trainer.{name} is {count}.", "Give a whole number from 1 on.")
+    if config.get("barebones"):
+        raise ConfigError(
+            "trainer.barebones=true leaves out all records and checkpoints, which each run has.",
+            "Leave it out; trainer.profiler=simple says where the time goes.",
+        )

@@ -1,0 +1,142 @@
+"""Modules, callbacks and configurations of users, which know nothing of this project."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+CODE = """
+import enum
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from torch.utils.data import DataLoader
+
+class Rows(LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(torch.ones(4, 2), batch_size=2)
+
+    val_dataloader = train_dataloader
+
+class Net(LightningModule):
+    def __init__(self, lr: float = 0.1, vector: bool = False, **options):
+        super().__init__()
+        self.layer, self.lr, self.vector = torch.nn.Linear(2, 1), lr, vector
+
+    def training_step(self, batch, index):
+        self.log("train/loss", torch.ones(3) if self.vector else 1.0)
+        return self.layer(batch).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), self.lr)
+
+class Color(enum.Enum):
+    RED = 1
+
+class Paths(Callback):
+    def state_dict(self):
+        return {"files": [Path("a"), Color.RED]}
+"""
+OPTIONS = (
+    "--model=users_code.Net",
+    "--data=users_code.Rows",
+    "--trainer.enable_progress_bar=false",
+)
+SHORT = (*OPTIONS, "--trainer.max_epochs=1", "--trainer.enable_model_summary=false")
+
+
+@pytest.fixture
+def users_code(workdir, monkeypatch):
+    """A module of the user's in the current folder."""
+    Path("users_code.py").write_text(CODE, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+
+
+def check_refused(fulgurite, argv, parts):
+    status, _, error = fulgurite(*argv)
+    assert status == 2, error
+    line = error.strip().splitlines()[-1]
+    assert line.startswith("fulgurite: error: ")
+    assert [part for part in parts if part not in line] == []
+    return line
+
+
+@pytest.mark.usefixtures("users_code")
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--ckpt_path="], ["--ckpt_path is empty"]),
+        (["--run.dir="], ["--run.dir is empty"]),
+        (["--run.name="], ["--run.name is empty"]),
+        (["--trainer.accumulate_grad_batches=0"], ["trainer.accumulate_grad_batches is 0"]),
+        (["--trainer.accumulate_grad_batches=-1"], ["accumulate_grad_batches is -1"]),
+        (["--trainer.check_val_every_n_epoch=0"], ["trainer.check_val_every_n_epoch is 0"]),
+        (["--trainer.val_check_interval=0"], ["trainer.val_check_interval is 0"]),
+        (["--trainer.val_check_interval=5"], ["`val_check_interval` (5)", "batches (2)"]),
+        (["--trainer.barebones=true"], ["trainer.barebones=true leaves out all records"]),
+        (["--model.vector=true"], ["self.log(train/loss", "single element"]),
+        (["--seed_everything=-1"], ["-1 is not in bounds"]),
+        (
+            ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/nothing"],
+            ["`val/nothing` which is not available", "`train/loss`"],
+        ),
+        (
+            ["--trainer.callbacks+=users_code.Paths", "--trainer.callbacks+=users_code.Paths"],
+            ["more than one stateful callback of type `Paths`"],
+        ),
+        (
+            ["--trainer.callbacks+=users_code.Paths", "--trainer.callbacks.files=3"],
+            ["users_code.Paths has no option 'files'. It has no options of its own."],
+        ),
+        (["--model.optoins=3"], ["users_code.Net has no option 'optoins'. It has: lr, vector."]),
+        (["--trainer.logger=Nope"], ["'Nope' is no class", "package.module.Nope"]),
+    ],
+)
+def test_what_lightning_would_refuse_late_is_one_line(fulgurite, options, parts):
+    check_refused(fulgurite, ["fit", *SHORT, *options], parts)
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("modle: a.B", ["no option 'modle'. Did you mean 'model'?"]),
+        ("trainers: {max_epochs: 1}", ["'trainers.max_epochs'. Did you mean 'trainer.max_epochs'"]),
+        ("trainer: {max_epoch: 1}", ["'trainer.max_epoch'. Did you mean 'trainer.max_epochs'?"]),
+        ("mine: {lr: 1}", ["no option 'mine.lr'. See `fulgurite fit --help`."]),
+        ("fit: {seed_everything: 1}", ["no option 'fit.seed_everything'. Move", "`fit:`"]),
+        ("", ["mine.yaml holds no options"]),
+        ("- a", ["mine.yaml holds no options"]),
+        ("trainer: [", ["mine.yaml cannot be read in line"]),
+        (
+            "trainer:\n  max_epochs: 1\n  max_epochs: 2",
+            ["mine.yaml", "line 3", "'max_epochs' again"],
+        ),
+    ],
+)
+def test_a_faulty_configuration_is_named(fulgurite, content, parts):
+    Path("mine.yaml").write_text(content, encoding="utf-8")
+    check_refused(fulgurite, ["fit", "--config=mine.yaml"], parts)
+
+
+@pytest.mark.usefixtures("workdir")
+def test_an_included_file_that_gives_a_key_twice_is_refused(fulgurite):
+    Path("part.yaml").write_text("max_epochs: 1\nmax_epochs: 2\n", encoding="utf-8")
+    Path("mine.yaml").write_text("trainer: part.yaml\n", encoding="utf-8")
+    check_refused(
+        fulgurite,
+        ["fit", "--config=mine.yaml"],
+        ["trainer", "'part.yaml'", "gives 'max_epochs' again", "line 2"],
+    )
+
+
+@pytest.mark.usefixtures("users_code")
+def test_a_record_without_a_configuration_is_run_again_under_its_own_name(fulgurite):
+    status, _, error = fulgurite("fit", *SHORT)
+    assert status == 0, error
+    (folder,) = Path("runs/custom/run").iterdir()
+    run = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["run"]
+    assert (run["system"], run["name"]) == ("custom", "run")
+    assert fulgurite("fit", "--config", str(folder / "config.yaml"))[0] == 0
+    assert len([*Path("runs/custom/run").iterdir()]) == 2
+    assert [path.name for path in Path("runs").iterdir()] == ["custom"]
