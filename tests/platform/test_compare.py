@@ -190,6 +190,34 @@ def test_statistics_against_scipy():
         assert quantile(n) == pytest.approx(stats.t.ppf(0.975, n - 1))
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e200, 1e307, 1e-200])
+def test_numbers_of_any_size_have_a_mean_and_a_spread(scale):
+    values = mean_std([1.0 * scale, 2.0 * scale, 3.0 * scale])
+    assert (values.mean / scale, values.std / scale) == pytest.approx((2.0, 1.0))
+    ours, base = ([v * scale for v in values] for values in ([1.0, 3.0, 2.5], [1.0, 2.0, 2.2]))
+    found = paired(dict(enumerate(ours)), dict(enumerate(base)))
+    assert found.p == pytest.approx(stats.ttest_rel([1.0, 3.0, 2.5], [1.0, 2.0, 2.2]).pvalue)
+
+
+@pytest.mark.parametrize(
+    ("losses", "mean"),
+    [([math.inf, 0.2, 0.3], "inf"), ([math.inf, -math.inf, 0.3], "nan"), ([math.nan] * 3, "nan")],
+)
+def test_a_run_that_diverged_leaves_the_table_of_the_others(place, losses, mean):
+    plan = read_plan(write(place, settings={}, methods={"a": {}, "b": {}}, mode="min"))
+    results = {
+        f"{method}__seed={seed}": {"method": method, "setting": {}, "seed": seed, "seconds": 1.0}
+        | {"metrics": {"test/acc": value}}
+        for method, values in (("a", [0.1, 0.2, 0.4]), ("b", losses))
+        for seed, value in enumerate(values)
+    }
+    comparison = compare.Comparison(plan, place / "out", results, {})
+    compare.render(comparison)
+    table = (place / "out" / "table.md").read_text()
+    assert "| a | **0.2333 ± 0.1528** |" in table
+    assert f"| b | {mean} ± nan |" in table
+
+
 def test_holm_by_a_published_example():
     # four tests at 5 %: 0.005 <= 0.05/4 and 0.01 <= 0.05/3 are kept, 0.03 > 0.05/2 ends it
     adjusted = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005, "absent": math.nan})
@@ -725,7 +753,7 @@ def test_what_is_no_record(tmp_path):
         others += [json.dumps({k: v for k, v in record.items() if k != key})]
         others += [json.dumps({**record, key: other}) for other in (None, [value], "b")]
     others.remove(json.dumps({**record, "digest": "b"}))  # which is one of another digest
-    others.append(json.dumps({**record, "metrics": {"test/acc": "high"}}))
+    others += [json.dumps({**record, "metrics": {"test/acc": v}}) for v in ("high", 10**400)]
     for content in others:
         path.write_text(content, encoding="latin-1")
         assert read_record(path) is None, content

@@ -276,15 +276,15 @@ def _caption(base: str, entries: Iterable[Entry]) -> str:
     return (
         f"▲ better and ▼ worse than {base}: paired t-test over the seeds at {level} ({needs} for "
         f"one comparison alone) with Holm's correction over the {len(counts)} comparisons of the "
-        f"table; ≈ not shown to differ; no mark: not tested, below {LEAST_SEEDS} common seeds or "
-        "without spread."
+        f"table; ≈ not shown to differ; no mark: not tested, below {LEAST_SEEDS} common seeds, "
+        "without spread, or not finite."
     )
 
 
 def count_digits(entries: Iterable[Entry]) -> int:
     """How many decimals the means of a table need for four digits of the largest."""
     means = [entry.mean_std.mean for entry in entries]
-    largest = max((abs(m) for m in means if not math.isnan(m) and m), default=1.0)
+    largest = max((abs(m) for m in means if math.isfinite(m) and m), default=1.0)
     return max(0, 3 - math.floor(math.log10(largest)))
 
 

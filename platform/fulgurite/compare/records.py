@@ -35,6 +35,7 @@ def read_record(path: Path, name: str | None = None) -> Record | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         numbers = [*record["metrics"].values(), record["seconds"]]
+        [float(number) for number in numbers]  # an integer may be too large for one
         texts = [record["digest"], record["method"], record.get("error", "")]
         settings = record["setting"].items()
         is_one = (
@@ -42,7 +43,15 @@ def read_record(path: Path, name: str | None = None) -> Record | None:
             and all(isinstance(text, str) for text in [*texts, *itertools.chain(*settings)])
             and (name or path.stem) == trial_id(record["method"], tuple(settings), record["seed"])
         )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+    ):
         return None
     return record if is_one else None
 

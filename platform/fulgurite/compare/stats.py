@@ -23,6 +23,9 @@ LEVEL = 0.95
 LEAST_SEEDS = 3
 """With fewer common seeds nothing is tested: two say next to nothing about their spread."""
 
+_SQUARABLE = 2.0**450
+"""Larger values, and those below its inverse, are scaled before they are squared."""
+
 _K = TypeVar("_K", bound=Hashable)
 
 
@@ -77,10 +80,21 @@ class Paired:
 def mean_std(values: Sequence[float]) -> MeanStd:
     """Mean and sample standard deviation (n − 1 in the denominator).
 
+    Of values that are not all finite, such as those of a run that diverged, ``std`` is NaN.
+
     >>> mean_std([1.0, 2.0, 3.0])
     MeanStd(n=3, mean=2.0, std=1.0)
+    >>> mean_std([1.0, math.inf])
+    MeanStd(n=2, mean=inf, std=nan)
     """
     n = len(values)
+    if not all(map(math.isfinite, values)):
+        return MeanStd(n, sum(values) / n, math.nan)
+    largest = max(map(abs, values), default=0.0)
+    if largest > _SQUARABLE or 0 < largest < 1 / _SQUARABLE:  # whose squares are no numbers
+        scale = _SQUARABLE**2 if largest > 1 else _SQUARABLE**-2
+        scaled = mean_std([value / scale for value in values])
+        return MeanStd(n, scaled.mean * scale, scaled.std * scale)
     mean = math.fsum(values) / n if n else math.nan
     if n < 2:
         return MeanStd(n, mean, math.nan)

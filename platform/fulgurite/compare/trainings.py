@@ -116,7 +116,15 @@ class Trainings:
         try:
             record = json.loads(self._record(name).read_text(encoding="utf-8"))
             return {str(key): float(value) for key, value in record["metrics"].items()}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+            OverflowError,
+        ):
             return None
 
     def _complete(self, step: Step, trainings: Iterable[tuple[str, Training]]) -> None:

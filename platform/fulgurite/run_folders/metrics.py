@@ -35,7 +35,8 @@ def read_metrics(run_dir: Path) -> dict[str, float]:
         if path.is_file():
             try:
                 values = json.loads(path.read_text(encoding="utf-8")).items()
-            except (ValueError, AttributeError, RecursionError) as error:
+                numbers = {k: float(v) for k, v in values if isinstance(v, int | float)}
+            except (ValueError, AttributeError, RecursionError, OverflowError) as error:
                 raise ConfigError(f"{path} holds no metrics.", "Run the command again.") from error
-            metrics.update({k: float(v) for k, v in values if isinstance(v, int | float)})
+            metrics.update(numbers)
     return metrics
