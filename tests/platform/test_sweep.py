@@ -328,6 +328,44 @@ def test_rounded_values_are_multiples_of_q(folder):
     assert grid.grid_values["x"] == [round(0.1 * i, 1) for i in range(10)]
 
 
+@pytest.mark.parametrize(
+    ("spec", "low", "high"),
+    [
+        ({"distribution": "q_uniform", "min": 1, "max": 10, "q": 4}, 4, 8),
+        ({"distribution": "q_uniform", "min": 0.05, "max": 0.95, "q": 0.1}, 0.1, 0.9),
+        ({"distribution": "q_uniform", "min": 0.3, "max": 0.9, "q": 0.1}, 0.3, 0.9),
+        ({"distribution": "q_log_uniform_values", "min": 3, "max": 200, "q": 16}, 16, 192),
+        ({"distribution": "q_log_uniform", "min": 1, "max": 3, "q": 5}, 5, 20),
+        ({"distribution": "q_beta", "a": 2, "b": 5, "q": 0.4}, 0.0, 0.8),
+    ],
+)
+def test_rounded_values_stay_within_the_bounds(folder, spec, low, high):
+    parameter = read(folder, method="random", parameters={"x": spec}).parameters["x"]
+    drawn = [parameter.value_at(q) for q in np.linspace(1e-9, 1 - 1e-9, 401)]
+    assert (min(drawn), max(drawn)) == (low, high)
+
+
+def test_nothing_is_spelled_as_null(folder):
+    content = read(folder, parameters={"x": {"value": None}, "y": {"values": [None, "None"]}})
+    assert content.options({"y": None}) == ["--x=null", "--y=null"]
+
+
+def test_a_study_of_another_program_is_refused(folder):
+    storage = "sqlite:///study.db"
+    other = optuna.create_study(study_name="mine", storage=storage, direction="minimize")
+    with pytest.raises(ConfigError, match=r"The study mine in .* is none of `fulgurite sweep`"):
+        open_study(read(folder), storage, "mine", 0)
+    other = optuna.create_study(study_name="tried", storage=storage, direction="maximize")
+    other.tell(other.ask(), 9.0)
+    with pytest.raises(ConfigError, match=r"The study tried in .* is none of `fulgurite sweep`"):
+        open_study(read(folder), storage, "tried", 0)
+
+
+def test_brackets_end_below_one_value(folder):
+    rule = {"type": "hyperband", "max_iter": 27, "s": 10**9}
+    assert read(folder, early_terminate=rule).early_terminate.bands == (1, 3, 9)
+
+
 def test_probabilities_are_kept(folder):
     spec = {"values": ["a", "b", "c"], "probabilities": [0.5, 0.0, 0.5]}
     parameter = read(folder, method="random", parameters={"x": spec}).parameters["x"]
@@ -414,6 +452,10 @@ RULE = {"type": "hyperband", "min_iter": 2}
         ({"early_terminate": {"type": "hyperband", "max_iter": 2, "s": 1}}, "below 1"),
         ({"early_terminate": {**RULE, "patience": 9}}, "has 'patience'"),
         ({"run_cap": 0}, "run_cap is 0"),
+        (
+            {"parameters": {"a.b": {"value": 1}, "a": {"parameters": {"b": {"values": [2]}}}}},
+            r"parameters\.a\.b is there twice",
+        ),
     ],
 )
 def test_a_sweep_that_cannot_be_honoured_is_refused_by_name(folder, changes, message):

@@ -105,7 +105,18 @@ class Distribution:
             value = float(stats.beta.ppf(quantile, a=low, b=high))
         if self.name.endswith("uniform_values"):
             value = min(max(value, low), high)  # exp of a logarithm may miss the end by rounding
-        return value if self.step is None else _round_to(value, self.step)
+        return value if self.step is None else _round_to(value, self.step, self.bounds)
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The least and the largest value, infinite where there is none."""
+        if self.name in ("uniform", "int_uniform") or self.name.endswith("uniform_values"):
+            return self.first, self.second
+        if self.name == "log_uniform":
+            return math.exp(self.first), math.exp(self.second)
+        if self.name == "inv_log_uniform":
+            return math.exp(-self.second), math.exp(-self.first)
+        return (0.0, 1.0) if self.name == "beta" else (-math.inf, math.inf)
 
     @property
     def grid(self) -> list[float | int] | None:
@@ -118,8 +129,20 @@ class Distribution:
         return None
 
 
-def _round_to(value: float, step: float) -> float | int:
-    return _as_step(round(value / step) * step, step)
+def _round_to(value: float, step: float, bounds: tuple[float, float]) -> float | int:
+    """The nearest multiple of a step within bounds; beyond them where none lies within.
+
+    >>> _round_to(3.2, 8, (3, 200)), _round_to(199.0, 16, (3, 200)), _round_to(3.2, 8, (3, 5))
+    (8, 192, 0)
+    """
+    low, high = bounds
+    multiple = round(value / step)
+    # a bound that is a multiple itself may miss it by rounding
+    if multiple * step < low - 1e-9 * step and (multiple + 1) * step <= high + 1e-9 * step:
+        multiple += 1
+    elif multiple * step > high + 1e-9 * step and (multiple - 1) * step >= low - 1e-9 * step:
+        multiple -= 1
+    return _as_step(multiple * step, step)
 
 
 def _as_step(value: float, step: float) -> float | int:
@@ -204,6 +227,8 @@ class Sweep:
     def options(self, point: Mapping[str, Value]) -> list[str]:
         """The options of a run, in the order and the spelling in which W&B's agent writes them.
 
+        Nothing is ``null``: the agent's ``None`` is a word to options that take one.
+
         Args:
             point: A value for each parameter that is not constant.
         """
@@ -211,4 +236,4 @@ class Sweep:
             name: parameter.value if isinstance(parameter, Constant) else point[name]
             for name, parameter in self.parameters.items()
         }
-        return [f"--{name}={value}" for name, value in values.items()]
+        return [f"--{n}={'null' if value is None else value}" for n, value in values.items()]

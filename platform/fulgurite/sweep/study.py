@@ -121,6 +121,12 @@ def open_study(sweep: Sweep, url: str, name: str, seed: int) -> optuna.Study:
     content = json.dumps([sweep.content, seed])
     recorded = study.user_attrs.get(_CONTENT)
     if recorded is None:
+        maximizes = study.direction == optuna.study.StudyDirection.MAXIMIZE
+        if study.get_trials(deepcopy=False) or maximizes != sweep.maximize:
+            raise ConfigError(
+                f"The study {name} in {hide_password(url)} is none of `fulgurite sweep`.",
+                "Give another --name to begin a new one.",
+            )
         if sweep.early_terminate:
             study.set_user_attr(_RULE, vars(sweep.early_terminate))
         study.set_user_attr(_CONTENT, content)

@@ -5,6 +5,7 @@ Source: the keys and distributions of W&B's sweep configuration, https://docs.wa
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -103,7 +104,13 @@ class _SweepReader:
     def read(self, raw: Any) -> Sweep:
         raw = self.check_keys("the file", raw, _KEYS)
         method = self.check_word("method", raw.get("method"), ("grid", "random", "bayes"))
-        parameters = dict(self.read_parameters(raw.get("parameters"), ""))
+        parameters: dict[str, Parameter] = {}
+        for option, parameter in self.read_parameters(raw.get("parameters"), ""):
+            if option in parameters:
+                raise self.refuse(
+                    f"parameters.{option} is there twice, with dots and nested.", "Leave one out."
+                )
+            parameters[option] = parameter
         if not parameters:
             raise self.refuse("there are no parameters.", "Give `parameters`.")
         metric, maximize, target = self.read_metric(raw.get("metric"))
@@ -281,7 +288,8 @@ class _SweepReader:
         if "max_iter" in raw:
             last = self.check_count("early_terminate.max_iter", raw["max_iter"])
             count = self.check_count("early_terminate.s", raw.get("s"))
-            bands = [int(last / eta**i) for i in range(1, count + 1) if last / eta**i >= 1]
+            values = (last / eta**i for i in range(1, count + 1))
+            bands = [int(value) for value in itertools.takewhile(lambda value: value >= 1, values)]
             if not bands:
                 raise self.refuse(
                     f"early_terminate: max_iter {last} over eta {eta} is below 1.",
