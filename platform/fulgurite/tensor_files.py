@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,12 @@ def load_plain(
         if not sealed and isinstance(content, Mapping) and _SEALED in content:
             raise ValueError("its digest is missing")
     except Exception as error:  # a damaged file raises nearly any
+        if isinstance(error, pickle.UnpicklingError) and (classes := _list_foreign(Path(path))):
+            raise CheckpointError(
+                f"{option}={path} holds {', '.join(classes)}: only tensors and plain types are "
+                "read.",
+                "Write it without them, as str(path), enum.value, array.tolist() or tensors.",
+            ) from error
         raise CheckpointError(
             f"{option}={path} cannot be read as plain tensors ({describe_error(error)}).", again
         ) from error
@@ -68,6 +76,7 @@ def save_plain(content: Mapping[str, Any], path: str | Path) -> None:
     reads the file as any other.
 
     Raises:
+        CheckpointError: The content has other types, which :func:`load_plain` would not read.
         RunError: The file cannot be written; what was there before is kept.
 
     Example:
@@ -84,7 +93,10 @@ def save_plain(content: Mapping[str, Any], path: str | Path) -> None:
         with atomic_write(path) as temporary:
             with open(temporary, "wb") as file:
                 torch.save({**content, _SEALED: "sha256"}, file)
+            _check_plain(temporary, content, path)
             seal_archive(temporary)
+    except CheckpointError:
+        raise
     except (OSError, RuntimeError) as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, OSError):
@@ -96,6 +108,55 @@ def save_plain(content: Mapping[str, Any], path: str | Path) -> None:
             f"The checkpoint {path} cannot be written ({cause.strerror}). {before}".strip(),
             "Make room or the folder writable, then resume with --ckpt_path=last.",
         ) from error
+
+
+def _check_plain(file: Path, content: Mapping[str, Any], path: Path) -> None:
+    """Whether :func:`load_plain` would read what was written.
+
+    Args:
+        file: Where the content was written.
+        content: What it was.
+        path: Where it is to be, for errors.
+
+    Raises:
+        CheckpointError: The content has other types than tensors and plain ones.
+    """
+    if not (classes := _list_foreign(file)):
+        return
+    where, kind = next(_find_foreign(content, ""), ("it", classes[0]))
+    raise CheckpointError(
+        f"The checkpoint {path} would be one that cannot be read again: {where} holds a {kind}, "
+        "and only tensors and plain types are read.",
+        "Keep a plain type there (str(path), enum.value, array.tolist()), or leave it out of "
+        "state_dict, on_save_checkpoint or save_hyperparameters.",
+    )
+
+
+def _list_foreign(path: Path) -> list[str]:
+    """Names of what a file of ``torch.save`` needs that is neither a tensor nor a plain type."""
+    from torch.serialization import get_unsafe_globals_in_checkpoint
+
+    with suppress(Exception):  # of a file that is damaged beside it
+        return sorted(get_unsafe_globals_in_checkpoint(path))
+    return []
+
+
+def _find_foreign(content: Any, where: str) -> Iterator[tuple[str, str]]:
+    """Where a content holds other types than tensors and plain ones, and which."""
+    import torch
+
+    if isinstance(content, Mapping):
+        parts = [(f"{where}.{key}" if where else str(key), part) for key, part in content.items()]
+    elif isinstance(content, list | tuple | set):
+        parts = [(f"{where}[{number}]", part) for number, part in enumerate(content)]
+    else:
+        kind = type(content)
+        plain = isinstance(content, torch.Tensor) or kind.__module__ in ("builtins", "torch")
+        if not plain or callable(content):
+            yield where, f"{kind.__module__}.{kind.__qualname__}"
+        return
+    for name, part in parts:
+        yield from _find_foreign(part, name)
 
 
 def seal_archive(path: Path) -> None:

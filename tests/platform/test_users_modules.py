@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 CODE = """
@@ -140,3 +141,21 @@ def test_a_record_without_a_configuration_is_run_again_under_its_own_name(fulgur
     assert fulgurite("fit", "--config", str(folder / "config.yaml"))[0] == 0
     assert len([*Path("runs/custom/run").iterdir()]) == 2
     assert [path.name for path in Path("runs").iterdir()] == ["custom"]
+
+
+@pytest.mark.usefixtures("users_code")
+def test_a_checkpoint_that_could_not_be_resumed_is_refused_when_it_is_written(fulgurite):
+    parts = [
+        "last.ckpt would be one that cannot be read again",
+        "callbacks.Paths.files[0] holds a pathlib.",
+        "str(path)",
+    ]
+    check_refused(fulgurite, ["fit", *SHORT, "--trainer.callbacks+=users_code.Paths"], parts)
+    assert not [*Path("runs").rglob("*.ckpt")]
+
+
+@pytest.mark.usefixtures("users_code")
+def test_what_a_checkpoint_of_another_program_holds_is_named(fulgurite):
+    torch.save({"state_dict": {}, "hyper_parameters": {"file": Path("a")}}, "other.ckpt")
+    parts = ["other.ckpt holds pathlib.PosixPath", "only tensors and plain types are read"]
+    check_refused(fulgurite, ["fit", *SHORT, "--ckpt_path=other.ckpt"], parts)
