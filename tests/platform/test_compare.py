@@ -73,6 +73,72 @@ def test_an_axis_that_is_not_there_cannot_be_ignored(place):
         read_plan(write(place, methods=methods))
 
 
+def test_what_a_method_sets_itself_holds_on_an_axis_that_it_ignores(place):
+    methods = {"a": {"args": {"p": 0}, "ignores": ["p"]}, "b": {}}
+    trials = define_trials(read_plan(write(place, methods=methods, baseline="a", quick={})))
+    assert {o for t in trials if t.method == "a" for o in t.trainings[0].fit if "p=" in o} == {
+        "--p=0"
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"settings": {"seed": {"key": "p", "values": [1]}}}, "An axis is called 'seed'"),
+        ({"tests": {"method": {"key": "q", "values": [1]}}}, "An axis is called 'method'"),
+        ({"settings": {"p": {1: {"p": 1}, "1": {"p": 2}}}}, r"settings\.p has the label '1' twice"),
+        (
+            {"settings": {**FILE["settings"], "q": {"x": {}, "y": {"p": 0}}}},
+            r"settings\.p and settings\.q both set p",
+        ),
+        (
+            {"tune": {"grid": {"rate": {"key": "p", "values": [1, 2]}}}},
+            r"settings\.p and tune\.grid\.rate both set p",
+        ),
+        (
+            {"methods": {"a": {"args": {"p": 0}}}},
+            r"methods\.a\.args sets p, but each label of settings\.p",
+        ),
+        (
+            {
+                "methods": {"a": {"test_args": {"q": 0}}},
+                "tests": {"q": {"key": "q", "values": [1, 2]}},
+            },
+            r"methods\.a\.test_args sets q, but each label of tests\.q",
+        ),
+        ({"args": {"seed_everything": 5}}, "args sets seed_everything, but seed_keys"),
+        (
+            {"settings": {"split": {"key": "seed_everything", "values": [1, 2]}}},
+            r"settings\.split\.1 sets seed_everything, but seed_keys",
+        ),
+        ({"seed_keys": []}, "seed_keys is empty, so that 3 seeds would run the same"),
+        ({"also": ["test/acc"]}, "also has 'test/acc', which has a table already"),
+    ],
+)
+def test_what_would_count_in_no_cell_is_refused(place, changes, says):
+    with pytest.raises(ConfigError, match=says):
+        read_plan(write(place, **{"quick": {}, **changes}))
+
+
+def test_the_small_form_may_select_the_label_that_sets_what_a_method_does(place):
+    settings = {"p": {"low": {"p": 0.25}, "own": {}}}
+    file = write(
+        place,
+        settings=settings,
+        methods={"a": {"args": {"p": 0.5}}},
+        quick={"settings": {"p": ["low"]}},
+    )
+    assert [*read_plan(file, quick=True).settings["p"]] == ["low"]
+
+
+def test_the_small_form_may_compare_a_further_metric(place):
+    file = write(
+        place, also=["test/loss"], modes={"test/loss": "min"}, quick={"metric": "test/loss"}
+    )
+    plan = read_plan(file, quick=True)
+    assert (plan.metric, plan.also, plan.mode_of(None)) == ("test/loss", (), "min")
+
+
 def test_costs_have_a_table_of_their_own(place):
     names = {"train/loss": "spent"}
     comparison = go(write(place, costs=["train/loss"], names=names, seeds=[0]), only=["a", "b"])

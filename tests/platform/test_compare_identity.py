@@ -251,7 +251,13 @@ def test_data_here_count_before_those_of_the_folder_of_data(tmp_path, monkeypatc
     [
         ({"args": {"trainer.max_epoks": 3}}, "max_epochs"),
         ({"methods": {"small": {}, "big": {"args": {"model.init_args.with": 3}}}}, "width"),
-        ({"settings": {"w": {"key": "model.init_args.width", "values": [1, "wide"]}}}, "w=wide"),
+        (
+            {
+                "methods": {"small": {}},
+                "settings": {"w": {"key": "model.init_args.width", "values": [1, "wide"]}},
+            },
+            "w=wide",
+        ),
         ({"tests": {"t": {"none": {}, "bad": {"data.init_args.noize": 1}}}}, "noise"),
         ({"methods": {"small": {"test_args": {"data.init_args.noize": 1}}}}, "noise"),
         ({"methods": {"small": {"predict": {"data.init_args.noize": 1}}}}, "noise"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from fulgurite.compare.plan import (
     read_method,
 )
 from fulgurite.compare.schema import (
+    Overrides,
     check_keys,
     check_mapping,
     read_axis,
@@ -68,6 +70,7 @@ def read_plan(file: str | Path, *, quick: bool = False) -> ComparisonPlan:
     defaults = {"title": top["config"], "settings": {}, "seeds": [0], "source": str(path.resolve())}
     fields = read_section(ComparisonPlan, {**defaults, **top})
     plan = _check_plan(ComparisonPlan(**fields, folder=path.parent))
+    _check_own_options(plan)
     return _quick(plan, small) if quick else plan
 
 
@@ -90,6 +93,7 @@ def _quick(plan: ComparisonPlan, small: Mapping[str, Any]) -> ComparisonPlan:
     if plan.highlight not in values["methods"]:
         values["highlight"] = None
     if plan.metric != values["metric"]:
+        values["also"] = tuple(metric for metric in plan.also if metric != values["metric"])
         values["names"] = {key: name for key, name in plan.names.items() if key != plan.metric}
     return _check_plan(ComparisonPlan(**values))
 
@@ -109,7 +113,7 @@ def _quick_methods(plan: ComparisonPlan, changes: object) -> dict[str, Compariso
 
 def _check_plan(plan: ComparisonPlan) -> ComparisonPlan:
     for metric in plan.modes:
-        if metric not in plan.also:
+        if metric not in (*plan.also, plan.metric):
             raise ConfigError(
                 f"modes has {metric!r}, which is none of the further metrics.",
                 near_miss(metric, plan.also) or f"There are {', '.join(plan.also) or 'none'}.",
@@ -119,6 +123,12 @@ def _check_plan(plan: ComparisonPlan) -> ComparisonPlan:
         raise ConfigError(
             f"The axis {common_axes[0]!r} is both under settings and under tests.",
             "Rename one; what stands under tests changes the evaluation alone.",
+        )
+    _check_layers(plan)
+    metrics = (plan.metric, *plan.also)
+    if repeated := [metric for metric in plan.also if metrics.count(metric) > 1]:
+        raise ConfigError(
+            f"also has {repeated[0]!r}, which has a table already.", "Name each metric once."
         )
     if plan.shares and plan.after_fit is None:
         raise ConfigError(
@@ -150,6 +160,80 @@ def _check_plan(plan: ComparisonPlan) -> ComparisonPlan:
             near_miss(name, axes) or f"There are {', '.join(sorted(axes))}.",
         )
     return plan
+
+
+def _check_layers(plan: ComparisonPlan) -> None:
+    """Whether nothing that the file says is undone by what is laid over it in every cell.
+
+    Raises:
+        ConfigError: A seed, an axis or a method's own option would count nowhere.
+    """
+    tried = plan.tune.grid if plan.tune else {}
+    axes = {
+        **{f"settings.{axis}": labels for axis, labels in plan.settings.items()},
+        **{f"tune.grid.{axis}": labels for axis, labels in tried.items()},
+    }
+    tests = {f"tests.{axis}": labels for axis, labels in plan.tests.items()}
+    for name in ("method", "seed"):
+        if name in plan.axes:
+            raise ConfigError(
+                f"An axis is called {name!r}, as methods and seeds are by --only and in tables.",
+                "Rename it.",
+            )
+    for kind in (axes, tests):
+        for (one, labels), (other, others) in itertools.combinations(kind.items(), 2):
+            if common := _keys(labels) & _keys(others):
+                raise ConfigError(
+                    f"{one} and {other} both set {min(common)}, so that labels of {one} would not "
+                    "say what is run.",
+                    "Let one axis set it.",
+                )
+    layers: dict[str, Overrides] = {"args": plan.args}
+    for method in plan.methods.values():
+        layers[f"methods.{method.id}.args"] = method.args
+        layers[f"methods.{method.id}.test_args"] = method.test_args
+    for axis, labels in {**axes, **tests}.items():
+        layers |= {f"{axis}.{label}": overrides for label, overrides in labels.items()}
+    for key_path, overrides in layers.items():
+        if seeded := overrides.keys() & {*plan.seed_keys}:
+            raise ConfigError(
+                f"{key_path} sets {min(seeded)}, but seed_keys gives it the seed of each cell.",
+                "Leave it out, or give `seed_keys` without it.",
+            )
+    if not plan.seed_keys and len(plan.seeds) > 1:
+        raise ConfigError(
+            f"seed_keys is empty, so that {len(plan.seeds)} seeds would run the same.",
+            "Name the options that take the seed, or give one seed.",
+        )
+
+
+def _check_own_options(plan: ComparisonPlan) -> None:
+    """Whether each option of a method counts in some cell; only of the whole file.
+
+    Raises:
+        ConfigError: An axis sets one of them in every cell.
+    """
+    tests = {f"tests.{axis}": labels for axis, labels in plan.tests.items()}
+    for method in plan.methods.values():
+        counted = {f"settings.{axis}": labels for axis, labels in plan.settings.items()}
+        for axis in method.ignores:
+            counted.pop(f"settings.{axis}", None)
+        for part, values, over in (
+            ("args", method.args, counted),
+            ("test_args", method.test_args, tests),
+        ):
+            for axis, labels in over.items():
+                if hidden := values.keys() & set.intersection(*map(set, labels.values())):
+                    raise ConfigError(
+                        f"methods.{method.id}.{part} sets {min(hidden)}, but each label of {axis} "
+                        "sets it over that.",
+                        f"Leave it out of {part}"
+                        + (", or add the axis to `ignores`." if part == "args" else "."),
+                    )
+
+
+def _keys(labels: Mapping[str, Overrides]) -> set[str]:
+    return {key for overrides in labels.values() for key in overrides}
 
 
 def methods_before(

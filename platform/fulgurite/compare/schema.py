@@ -224,12 +224,16 @@ def read_axis(value: object, key_path: str) -> dict[str, Overrides]:
                 f"{key_path}.values is not a list of plain values.",
                 f"Use `{key_path}: {{LABEL: {{dotted.key: value}}}}` for anything else.",
             )
-        labels = {spell(value): {str(mapping["key"]): value} for value in values}
+        pairs = [(spell(value), {str(mapping["key"]): value}) for value in values]
     else:
-        labels = {
-            spell(label): read_overrides(overrides, f"{key_path}.{spell(label)}")
+        pairs = [
+            (spell(label), read_overrides(overrides, f"{key_path}.{spell(label)}"))
             for label, overrides in mapping.items()
-        }
+        ]
+    labels = dict(pairs)
+    if len(labels) < len(pairs):  # such as 1 and "1"
+        twice = next(label for label in labels if [name for name, _ in pairs].count(label) > 1)
+        raise ConfigError(f"{key_path} has the label {twice!r} twice.", "Drop or rename one.")
     if not labels:
         raise ConfigError(f"{key_path} has no values.", "Give one at least, or leave the axis out.")
     return labels

@@ -129,11 +129,17 @@ class _TrialDefiner:
         return training, defined
 
     def _settings(self, method: ComparisonMethod, setting: Setting) -> Iterator[Overrides]:
-        """What a setting says of the training, the first label of an axis that is ignored."""
+        """What a setting says of the training.
+
+        Of an axis that is ignored this is the first label, but for what the method sets itself.
+        """
         for axis, label in setting:
-            if axis in self.plan.settings:
-                labels = self.plan.settings[axis]
-                yield next(iter(labels.values())) if axis in method.ignores else labels[label]
+            labels = self.plan.settings.get(axis, {})
+            if labels and axis in method.ignores:
+                first = next(iter(labels.values()))
+                yield {key: value for key, value in first.items() if key not in method.args}
+            elif labels:
+                yield labels[label]
 
     def _config_options(self, method: ComparisonMethod) -> list[str]:
         names = [name for name in (self.plan.config, method.config) if name]
