@@ -1,5 +1,6 @@
 """Reports as one HTML file, which opens without a network."""
 
+import errno
 import html
 import json
 import math
@@ -150,6 +151,40 @@ def test_a_run_of_few_epochs_is_drawn_against_its_steps(tmp_path):
     assert "against epoch" not in text
 
 
+def test_runs_of_few_and_of_many_epochs_are_drawn_against_one_axis(tmp_path):
+    folders = [write_run(tmp_path / "many"), write_run(tmp_path / "few")]
+    lines = ["epoch,step,train/loss", *(f"0,{10 * k},{1 / (k + 1)}" for k in range(5))]
+    (folders[1] / "metrics.csv").write_text("\n".join(lines) + "\n")
+    text = write_report(folders).read_text()
+    assert 'aria-label="train/loss against step"' in text
+    assert "against epoch" not in text
+
+
+def test_a_report_that_cannot_be_written_is_shown_and_names_its_own_option(
+    comparison, monkeypatch, capsys
+):
+    def refuse(path, content):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr("fulgurite.compare.report.write_text", refuse)
+    monkeypatch.setattr("fulgurite.html_report.page.write_text", refuse)
+    with pytest.raises(ConfigError, match="Read-only file system") as error:
+        report_main([str(comparison)])
+    assert "--out" not in str(error.value)
+    assert "| Method A |" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="--html=FILE"):
+        report_main([str(comparison), "--html"])
+
+
+def test_a_metric_that_is_no_number_differs_from_none(tmp_path):
+    folders = [write_run(tmp_path / name) for name in ("one", "two")]
+    for folder, metrics in zip(folders, ('{"val/loss": NaN}', '{"val/acc": 0.5}'), strict=True):
+        (folder / "summary.json").write_text(metrics)
+    page = read(write_report(folders))
+    assert ["val/loss", "nan", ""] in page.rows
+    assert ["val/acc", "", "0.5"] in page.rows
+
+
 def test_nothing_is_loaded_from_elsewhere(tmp_path, comparison):
     for folders in ([write_run(tmp_path / "run")], [comparison]):
         page = read(write_report(folders, tmp_path / "x.html"))
@@ -178,6 +213,7 @@ def test_a_comparison_has_tables_with_what_is_tested(comparison):
     assert first == ["Method A", "0.5033 ± 0.0208", "0.5033 ± 0.0208"]
     script = [row for row in page.rows if row and row[0] == "<script>alert(1)</script>"]
     assert any("▲" in cell for row in script for cell in row)
+    assert [cell.rpartition(" ")[2] for row in script[:2] for cell in row[2:]] == ["(n=2)"] * 2
     assert ["b__p=0.5__seed=2", "the loss is a potato"] in page.rows
     assert "11 of 12 finished" in page.text
     assert "p: rate of wrong labels." in page.text
@@ -220,6 +256,8 @@ def test_the_command_line(tmp_path, comparison, capsys):
     assert (tmp_path / "new" / "a.html").is_file()
     assert report_main([str(run)]) == 0
     assert "fedsir/digits" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"--html names .*run, a folder.*behind the folders"):
+        report_main(["--html", str(run), str(run)])
 
 
 def test_charts_of_nothing_and_of_odd_values():

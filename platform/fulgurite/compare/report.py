@@ -39,8 +39,12 @@ def render(comparison: Comparison) -> None:
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path, way_out: str = "name another folder: --out=FOLDER") -> Iterator[None]:
     """Say in one line why nothing can be written.
+
+    Args:
+        folder: Where it is written.
+        way_out: What else people can do.
 
     Raises:
         ConfigError: The folder is none, read-only or full.
@@ -52,7 +56,7 @@ def writing(folder: Path) -> Iterator[None]:
             raise
         raise ConfigError(
             f"{error.filename or folder} cannot be written ({error.strerror}).",
-            "Make room or fix it, or name another folder: --out=FOLDER. What is recorded stays.",
+            f"Make room or fix it, or {way_out}. What is recorded stays.",
         ) from error
 
 
@@ -75,8 +79,13 @@ def report_main(argv: Sequence[str] | None = None) -> int:
     if options.html:
         from fulgurite.html_report import write_report
 
-        with writing(options.folders[0]):
+        with writing(options.folders[0], "name another file: --html=FILE"):
             out = None if options.html is True else Path(options.html)
+            if out is not None and out.is_dir():  # `--html RUN` takes a run for the file
+                raise ConfigError(
+                    f"--html names {out}, a folder.",
+                    "Give --html=FILE, or write --html behind the folders.",
+                )
             print(f"Report: {write_report(options.folders, out)}")
         return 0
     for folder in options.folders:
@@ -87,9 +96,9 @@ def report_main(argv: Sequence[str] | None = None) -> int:
 def _print_report(folder: Path) -> None:
     if (folder / PLAN_FILE).is_file():
         comparison = Comparison.read(folder)
-        with writing(folder):
+        print(comparison.markdown())  # also where nothing can be written
+        with writing(folder, "report a copy of it"):
             render(comparison)
-        print(comparison.markdown())
         print(f"Tables and figure: {folder}")
     elif (folder / "config.yaml").is_file():
         print(run_summary(folder))

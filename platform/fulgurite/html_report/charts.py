@@ -156,7 +156,7 @@ def _cut(text: str) -> str:
 
 
 def _thin(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
-    step = ceil_div(len(points), _POINTS)
+    step = max(1, ceil_div(len(points), _POINTS))  # a run may lack a metric of another
     thinned = points[::step]
     return thinned if not points or thinned[-1] == points[-1] else [*thinned, points[-1]]
 

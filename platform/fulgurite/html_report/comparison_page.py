@@ -135,6 +135,7 @@ def _means(
                 continue
             text = f"{values.mean:.{digits}f}"
             text += f" ± {values.std:.{digits}f}" if values.n > 1 else ""
+            text += f" (n={values.n})" if values.n < len(comparison.plan.seeds) else ""
             seeds = comparison.values(method, setting, metric)
             by_seed = ", ".join(f"{seed}: {value:.5g}" for seed, value in seeds.items())
             p = entry.p_adjusted
@@ -170,6 +171,7 @@ def _differences(
             text = f"{difference.mean:+.{digits}f}"
             if not math.isnan(difference.error):
                 text += f" ± {difference.error:.{digits}f}"
+            text += f" (n={difference.n})" if difference.n < len(comparison.plan.seeds) else ""
             cells.append(Cell(text, difference.mean, f"{difference.n} common seeds"))
         rows.append(cells)
     heads = [_label(s) or "difference" for s in comparison.grid]
@@ -206,13 +208,13 @@ def _trials(comparison: Comparison) -> Section:
     rows = []
     for record in comparison.results.values():
         setting = dict(record["setting"])
-        value = record["metrics"].get(plan.metric, math.nan)
+        value = record["metrics"].get(plan.metric)
         rows.append(
             [
                 Cell(plan.methods[record["method"]].label, wide=True),
                 *(_as_cell(setting.get(axis, "")) for axis in axes),
                 Cell(str(record["seed"]), float(record["seed"])),
-                Cell.of_number(float(value)),
+                Cell.of_number(None if value is None else float(value)),
                 Cell(f"{record['seconds']:.1f}", float(record["seconds"])),
             ]
         )

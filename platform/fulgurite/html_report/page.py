@@ -47,10 +47,12 @@ class Cell:
     wide: bool = False
 
     @classmethod
-    def of_number(cls, value: float) -> Cell:
-        """A number with five digits, whole where it is large; empty for NaN."""
-        if math.isnan(value):
+    def of_number(cls, value: float | None) -> Cell:
+        """A number with five digits, whole where it is large; empty for None."""
+        if value is None:
             return cls("")
+        if math.isnan(value):  # which has no place in an order
+            return cls("nan")
         return cls(f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:.5g}", value)
 
 
@@ -66,7 +68,7 @@ class Table:
     def numeric(self) -> list[bool]:
         """Which columns hold numbers alone."""
         return [
-            all(row[i].value is not None or not row[i].text for row in self.rows)
+            all(row[i].value is not None or row[i].text in ("", "nan") for row in self.rows)
             and bool(self.rows)
             for i in range(len(self.heads))
         ]

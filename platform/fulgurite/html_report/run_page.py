@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -91,9 +90,11 @@ class RunRecords:
         """What the curves are drawn against: epochs, or steps where there are few epochs."""
         return "epoch" if len({row.get("epoch") for row in self._logged}) > 2 else "step"
 
-    @cached_property
-    def curves(self) -> Mapping[str, Sequence[tuple[float, float]]]:
+    def curves(self, axis: str) -> Mapping[str, Sequence[tuple[float, float]]]:
         """Points (epoch or step, value) by metric.
+
+        Args:
+            axis: ``epoch`` or ``step``.
 
         Raises:
             ConfigError: The file is damaged.
@@ -101,7 +102,7 @@ class RunRecords:
         curves: dict[str, list[tuple[float, float]]] = {}
         try:
             for row in self._logged:
-                position = row.get(self.axis)
+                position = row.get(axis)
                 for name, value in row.items():
                     if name and name not in ("epoch", "step") and value and position:
                         curves.setdefault(name, []).append((float(position), float(value)))
@@ -182,8 +183,7 @@ def _metrics(runs: Sequence[RunRecords]) -> Section:
     names = sorted({name for run in runs for name in run.metrics}, key=_rank)
     heads = ["metric", *(("value",) if len(runs) == 1 else (run.label for run in runs))]
     rows = [
-        [Cell(name), *(Cell.of_number(run.metrics.get(name, math.nan)) for run in runs)]
-        for name in names
+        [Cell(name), *(Cell.of_number(run.metrics.get(name)) for run in runs)] for name in names
     ]
     notes = [] if names else ["No metric is recorded: the run has not ended, or logs none."]
     return Section("Metrics", notes, tables=[Table(heads, rows)] if rows else [])
@@ -192,19 +192,22 @@ def _metrics(runs: Sequence[RunRecords]) -> Section:
 def _curves(runs: Sequence[RunRecords]) -> Section:
     """A chart for each metric: of one run its stages together, of several one line each."""
     charts: dict[str, dict[str, Sequence[tuple[float, float]]]] = {}
+    # one axis for all: epochs of one run beside steps of another would say nothing
+    axis = "step" if any(run.axis == "step" for run in runs) else "epoch"
     for run in runs:
-        for name in sorted(run.curves, key=_rank):
+        curves = run.curves(axis)
+        for name in sorted(curves, key=_rank):
             stage, _, tail = name.partition("/")
             if len(runs) > 1:
                 empty: dict[str, Sequence[tuple[float, float]]] = {r.label: [] for r in runs}
-                charts.setdefault(name, empty)[run.label] = run.curves[name]
+                charts.setdefault(name, empty)[run.label] = curves[name]
             else:
                 title = tail if stage in STAGES else name
-                charts.setdefault(title, {})[name] = run.curves[name]
+                charts.setdefault(title, {})[name] = curves[name]
     drawn = [
         Chart(
             title if len(runs) > 1 or len(series) > 1 else next(iter(series)),
-            line_chart(series, runs[0].axis, title),
+            line_chart(series, axis, title),
             list(series) if len(runs) == 1 and len(series) > 1 else (),
         )
         for title, series in charts.items()
