@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from fulgurite.errors import CheckpointError
+from fulgurite.errors import CheckpointError, ConfigError
 from fulgurite.tensor_files import load_plain, save_plain
 
-__all__ = ["CheckpointFiles", "RunCheckpoint", "batches_done", "check_checkpoint", "nan_tensors"]
+__all__ = [
+    "CheckpointFiles",
+    "RunCheckpoint",
+    "batches_done",
+    "check_checkpoint",
+    "check_file_names",
+    "nan_tensors",
+]
 
 _HINT = "Give a checkpoint of a training, `last` or `best`."
 
@@ -93,6 +100,23 @@ class RunCheckpoint(ModelCheckpoint):
             state[key] = str(folder / state[key]) if state[key] else ""
         state["best_k_models"] = {str(folder / k): v for k, v in state["best_k_models"].items()}
         super().load_state_dict(state)
+
+
+def check_file_names(callbacks: Sequence[Callback]) -> None:
+    """Refuse a checkpoint of the user's that would share its file with that of the last epoch.
+
+    Raises:
+        ConfigError: A ``ModelCheckpoint`` writes ``last.ckpt`` into the run folder.
+    """
+    for callback in callbacks:
+        if not isinstance(callback, ModelCheckpoint) or callback.dirpath is not None:
+            continue
+        if callback.filename == "last":
+            raise ConfigError(
+                "The ModelCheckpoint of trainer.callbacks has filename=last, where each run writes "
+                "its last epoch: what it had kept would be lost.",
+                "Give it another filename, or a dirpath.",
+            )
 
 
 def batches_done(checkpoint: Mapping[str, Any]) -> int | None:

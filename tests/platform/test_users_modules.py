@@ -18,16 +18,22 @@ class Rows(LightningDataModule):
     def train_dataloader(self):
         return DataLoader(torch.ones(4, 2), batch_size=2)
 
-    val_dataloader = train_dataloader
+    val_dataloader = test_dataloader = predict_dataloader = train_dataloader
 
 class Net(LightningModule):
     def __init__(self, lr: float = 0.1, vector: bool = False, **options):
         super().__init__()
         self.layer, self.lr, self.vector = torch.nn.Linear(2, 1), lr, vector
 
+    def forward(self, batch):
+        return self.layer(batch)
+
     def training_step(self, batch, index):
         self.log("train/loss", torch.ones(3) if self.vector else 1.0)
         return self.layer(batch).mean()
+
+    def test_step(self, batch, index):
+        pass
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), self.lr)
@@ -89,6 +95,10 @@ def check_refused(fulgurite, argv, parts):
         (
             ["--trainer.callbacks+=users_code.Paths", "--trainer.callbacks.files=3"],
             ["users_code.Paths has no option 'files'. It has no options of its own."],
+        ),
+        (
+            ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.filename=last"],
+            ["filename=last", "Give it another filename"],
         ),
         (["--model.optoins=3"], ["users_code.Net has no option 'optoins'. It has: lr, vector."]),
         (["--trainer.logger=Nope"], ["'Nope' is no class", "package.module.Nope"]),
@@ -159,3 +169,19 @@ def test_what_a_checkpoint_of_another_program_holds_is_named(fulgurite):
     torch.save({"state_dict": {}, "hyper_parameters": {"file": Path("a")}}, "other.ckpt")
     parts = ["other.ckpt holds pathlib.PosixPath", "only tensors and plain types are read"]
     check_refused(fulgurite, ["fit", *SHORT, "--ckpt_path=other.ckpt"], parts)
+
+
+@pytest.mark.usefixtures("users_code")
+@pytest.mark.parametrize(
+    ("command", "option", "words"),
+    [
+        ("fit", "limit_train_batches=0", "there was no batch"),
+        ("test", "limit_test_batches=0", "there was no batch"),
+        ("predict", "limit_predict_batches=0", "there was no batch to predict"),
+        ("test", "limit_test_batches=1", "the model logged no metric"),
+    ],
+)
+def test_a_command_without_batches_says_so(fulgurite, command, option, words):
+    status, out, error = fulgurite(command, *SHORT, f"--trainer.{option}")
+    assert status == 0, error
+    assert words in out

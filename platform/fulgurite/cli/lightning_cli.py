@@ -21,11 +21,11 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 import fulgurite.strategies
 from fulgurite.base import check_callbacks
-from fulgurite.checkpoints import CheckpointFiles, RunCheckpoint
+from fulgurite.checkpoints import CheckpointFiles, RunCheckpoint, check_file_names
 from fulgurite.cli.metrics import metrics_table, select_telling_metrics, sort_metrics
 from fulgurite.cli.saving import SaveRun
 from fulgurite.cli.starting_point import StartFinder, StartingPoint
-from fulgurite.cli.trainer_options import check_trainer_options
+from fulgurite.cli.trainer_options import check_trainer_options, has_run
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.indexing import indexing_arguments
 from fulgurite.masking import masked, masked_names
@@ -299,6 +299,7 @@ class FulguriteCLI(LightningCLI):
             }
         if config.get("enable_checkpointing") is not False and not self.fast:
             has_own_checkpoints = any(isinstance(c, ModelCheckpoint) for c in callbacks)
+            check_file_names(callbacks)
             callbacks += self._checkpoints(only_last=has_own_checkpoints)
         kwargs["callbacks"] = callbacks
         plugins = config.get("plugins") or []
@@ -346,7 +347,8 @@ class FulguriteCLI(LightningCLI):
         fits = self.config.subcommand == "fit"
         for folder in {self.folder, Path((not fits and self.section.run.dir) or self.folder)}:
             write_json(folder / file, self._metrics)
-        none = "" if self._metrics else " (the model logged no metric)"
+        reason = "the model logged no metric" if has_run(self.trainer) else "there was no batch"
+        none = "" if self._metrics else f" ({reason})"
         print(f"{self.config.subcommand}: recorded in {self.folder}{none}")
 
     def fit(self, **kwargs: Any) -> None:
@@ -396,6 +398,8 @@ class FulguriteCLI(LightningCLI):
         writer = PredictionWriter(None if self.fast else self.folder)
         self.trainer.callbacks.append(writer)  # type: ignore[attr-defined]
         self.trainer.predict(**{**kwargs, "return_predictions": False})
+        if not has_run(self.trainer) and is_first_process():
+            print("predict: there was no batch to predict")
 
 
 class Parsed(Exception):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lightning.pytorch import Trainer
+
 from fulgurite.errors import ConfigError
 
-__all__ = ["check_trainer_options"]
+__all__ = ["check_trainer_options", "has_run"]
 
 # by which Lightning divides without a look at them
 _POSITIVE = ("accumulate_grad_batches", "check_val_every_n_epoch")
@@ -33,3 +35,16 @@ def check_trainer_options(config: Mapping[str, Any]) -> None:
             "trainer.barebones=true leaves out all records and checkpoints, which each run has.",
             "Leave it out; trainer.profiler=simple says where the time goes.",
         )
+
+
+def has_run(trainer: Trainer) -> bool:
+    """Whether the trainer's command had a batch at all."""
+    command = "" if trainer.state.fn is None else trainer.state.fn.value
+    if command == "fit":
+        return trainer.fit_loop.total_batch_idx >= 0
+    batches = {
+        "validate": trainer.num_val_batches,
+        "test": trainer.num_test_batches,
+        "predict": trainer.num_predict_batches,
+    }
+    return any(batches.get(command, []))
