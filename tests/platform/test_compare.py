@@ -270,7 +270,8 @@ def test_numbers_of_any_size_have_a_mean_and_a_spread(scale):
     [([math.inf, 0.2, 0.3], "inf"), ([math.inf, -math.inf, 0.3], "nan"), ([math.nan] * 3, "nan")],
 )
 def test_a_run_that_diverged_leaves_the_table_of_the_others(place, losses, mean):
-    plan = read_plan(write(place, settings={}, methods={"a": {}, "b": {}}, mode="min"))
+    methods, also = {"a": {}, "b": {}}, {"also": ["test/los"], "costs": ["cost"]}
+    plan = read_plan(write(place, settings={}, methods=methods, mode="min", **also))
     results = {
         f"{method}__seed={seed}": {"method": method, "setting": {}, "seed": seed, "seconds": 1.0}
         | {"metrics": {"test/acc": value}}
@@ -280,6 +281,7 @@ def test_a_run_that_diverged_leaves_the_table_of_the_others(place, losses, mean)
     comparison = compare.Comparison(plan, place / "out", results, {})
     compare.render(comparison)
     table = (place / "out" / "table.md").read_text()
+    assert "No cell has `test/los`, `cost`; they have `test/acc`." in table
     assert "| a | **0.2333 ± 0.1528** |" in table
     assert f"| b | {mean} ± nan |" in table
 

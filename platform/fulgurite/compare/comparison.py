@@ -250,6 +250,11 @@ class Comparison:
         ids, failed = self.plan.trial_ids, self.failed
         missing = {*ids} - self.results.keys() - self.failures.keys() - self.unreadable
         lines = [f"{len(self.results)} of {len(ids)} cells finished."]
+        recorded = {name for record in self.results.values() for name in record["metrics"]}
+        unknown = [f"`{m}`" for m in (*self.plan.also, *self.plan.costs) if m not in recorded]
+        if recorded and unknown:  # such as one that is misspelt
+            names = ", ".join(f"`{name}`" for name in sorted(recorded))
+            lines += ["", f"No cell has {', '.join(unknown)}; they have {names}."]
         if failed:
             lines += ["", "Failed (logs under `failed/`; `--retry-failed` runs them again):", ""]
             lines += [f"- `{i}`: {self.failures[i]['error']}" for i in failed]
