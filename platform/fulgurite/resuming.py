@@ -171,6 +171,7 @@ class TrainingState(Callback):
         self.trained = False
         self._stored: dict[str, Any] = {}
         self._counts: tuple[int, int] | None = None
+        self._cut_at: tuple[int, int] | None = None
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -188,6 +189,7 @@ class TrainingState(Callback):
             "pending": _pending(trainer),
             "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},
             "conditions": conditions(trainer),
+            "batches": float(trainer.num_training_batches),  # of an epoch; may be infinite
         }
 
     def on_load_checkpoint(
@@ -202,6 +204,7 @@ class TrainingState(Callback):
             with self._taking_up(trainer):
                 self._stored = dict(checkpoint.get(_KEY) or {})
             self._counts = len(checkpoint["optimizer_states"]), len(checkpoint["lr_schedulers"])
+            self._cut_at = _find_cut(checkpoint)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that nothing of the checkpoint would be left out.
@@ -233,6 +236,13 @@ class TrainingState(Callback):
             print(
                 f"note: the run went on {', '.join(differing)} so far: results may differ from an "
                 "uninterrupted run in their last digits",
+                file=sys.stderr,
+            )
+        if self._cut_at is not None and trainer.is_global_zero:
+            batches, epoch = self._cut_at
+            print(
+                f"note: the run ended within epoch {epoch}, after {batches} of its batches, as by "
+                "trainer.max_steps: it goes on with the next epoch, without the rest of this one",
                 file=sys.stderr,
             )
 
@@ -308,6 +318,23 @@ class RunTrainer(Trainer):
             self.fit_loop.on_run_start()
             self.fit_loop.on_run_end()
         return result
+
+
+def _find_cut(checkpoint: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Find where a training ended within an epoch, which Lightning counts as done all the same.
+
+    Returns:
+        Number of batches and the epoch, from 0; None for an epoch that is whole or not counted yet.
+    """
+    loops = checkpoint["loops"]["fit_loop"]
+    epochs, batches = (loops[f"{loop}_progress"] for loop in ("epoch", "epoch_loop.batch"))
+    processed = int(epochs["current"]["processed"])
+    is_counted = processed > 0 and processed == epochs["current"]["ready"]
+    trained = int(batches["current"]["completed"])
+    usual = (checkpoint.get(_KEY) or {}).get("batches", trained)  # not in older checkpoints
+    if not is_counted or batches["is_last_batch"] or not 0 < trained < usual:
+        return None
+    return trained, processed - 1
 
 
 def conditions(trainer: Trainer) -> dict[str, Any]:

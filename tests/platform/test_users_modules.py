@@ -185,3 +185,21 @@ def test_a_command_without_batches_says_so(fulgurite, command, option, words):
     status, out, error = fulgurite(command, *SHORT, f"--trainer.{option}")
     assert status == 0, error
     assert words in out
+
+
+@pytest.mark.usefixtures("users_code")
+@pytest.mark.parametrize(
+    ("options", "until", "is_cut"),
+    [
+        ([], "--trainer.max_steps=1", True),
+        ([], "--trainer.max_epochs=1", False),
+        (["--trainer.limit_train_batches=1"], "--trainer.max_epochs=1", False),
+    ],
+)
+def test_an_epoch_that_max_steps_has_cut_is_told(fulgurite, options, until, is_cut):
+    common = (*OPTIONS, "--run.dir=cut", "--trainer.enable_model_summary=false", *options)
+    status, _, error = fulgurite("fit", *common, until)
+    assert status == 0, error
+    status, _, error = fulgurite("fit", *common, "--trainer.max_epochs=3", "--ckpt_path=last")
+    assert status == 0, error
+    assert ("note: the run ended within epoch 0, after 1 of its batches" in error) == is_cut
