@@ -145,6 +145,8 @@ def main(argv):
     likes = ("0.1" if int(given["seed_everything"]) else "0.01", "nan")
     good = weights.endswith(likes) != (given.get("adapts") == "true")
     found = {"val/acc": 0.8 if good else 0.3}
+    if "diverges" in given:
+        found = {"val/acc": float("nan")}
     if command == "test":
         found = {"test/acc": float(len(weights)), "test/shift": float(given["shift"])}
     (run / f"{command}_metrics.json").write_text(json.dumps(found))

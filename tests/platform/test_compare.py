@@ -662,6 +662,19 @@ def test_a_chain_of_trainings_and_what_one_predicts(place, shared):
     assert [counts.count(c) for c in ("fit", "predict", "test")] == [6, 2, 12]
 
 
+def test_nothing_is_chosen_from_trainings_without_a_number(place, shared):
+    methods = {
+        "erm": {"args": {"method": "erm"}},
+        "lost": {"args": {"method": "lost", "diverges": True}},
+    }
+    comparison = shared(
+        methods=methods, seeds=[0], tests={"shift": {"key": "shift", "values": [0]}}
+    )
+    assert [record["method"] for record in comparison.results.values()] == ["erm"]
+    (failure,) = comparison.failures.values()
+    assert "val/acc of the validation is not a number in any of the 2" in failure["error"]
+
+
 @pytest.mark.slow  # failing cells harm no other, and tests share trainings, in others
 def test_a_failed_training_fails_its_cells_alone(place, shared, monkeypatch):
     methods = {**SHARED["methods"], "bad": {"args": {"method": "bad", "trouble": 0.1}}}

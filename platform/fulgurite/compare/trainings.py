@@ -162,6 +162,12 @@ class Trainings:
         best = max(trainings, key=self._score, default=None)
         if best is None:
             return TrialResult(name)
+        if self.plan.tune is not None and self._score(best) == -math.inf:
+            error = (
+                f"{self.plan.tune.metric} of the validation is not a number in any of the "
+                f"{len(trainings)} trainings to choose from"
+            )
+            return TrialResult(name, error=error, log=self.folder / f"{best.validation_key}.log")
         return TrialResult(name, self._metrics(best.key) or {}, training=best)
 
     def _score(self, training: Training) -> float:
