@@ -11,22 +11,20 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader, set_loader
 
-from fulgurite.compare.yaml_file import check_aliases, check_keys
+from fulgurite.compare.yaml_file import check_text
 from fulgurite.errors import ConfigError
 from fulgurite.systems import check_kind, read_keys, resolve_config
 
 __all__ = ["prepare_arguments"]
 
 _load_yaml = get_loader("yaml")
-
-
 _DEEPEST = 100  # levels; jsonargparse shows values by a recursion
 
 
 def _load_bounded_yaml(text: str) -> Any:
-    check_aliases(text)
     try:
-        check_keys(text)
+        if any(sign in text for sign in ":?{&"):  # else it has neither keys nor aliases
+            check_text(text)
         content = _load_yaml(text)
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None
@@ -69,7 +67,7 @@ def _check_file(path: Path) -> None:
         ConfigError: The file is no YAML, gives a key twice, or holds no options.
     """
     try:
-        root = check_keys(path.read_text(encoding="utf-8"))
+        root = check_text(path.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{path} cannot be read{line}: {error.problem}.") from error

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,7 @@ import yaml
 
 from fulgurite.errors import ConfigError
 
-__all__ = ["check_aliases", "check_keys", "read_yaml"]
+__all__ = ["check_text", "read_yaml"]
 
 _LARGEST = 2**20  # [bytes]; a comparison file has some ten thousand
 _MOST_VALUES = 100_000
@@ -48,7 +52,7 @@ def read_yaml(path: Path) -> Any:
         root = loader.get_single_node()
         if root is None:
             return None
-        _count(root, path, {}, 0)
+        _Walk(partial(_refuse, path), partial(_check_plain, path)).count(root)
         return loader.construct_document(root)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -61,105 +65,99 @@ def read_yaml(path: Path) -> Any:
         raise ConfigError(f"{path} holds a value that cannot be read: {error}.") from error
 
 
-def check_aliases(text: str) -> None:
-    r"""Whether a text of YAML stays small once its aliases are written out, as parsers do.
-
-    Raises:
-        YAMLError: It does not, it holds itself, or it is no YAML.
-
-    Example:
-        >>> check_aliases("a: &a [1, 2]\nb: *a")
-    """
-    if "&" in text and "*" in text:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        if root is not None:
-            _count_expanded(root, {})
-
-
-def check_keys(text: str) -> yaml.Node | None:
-    r"""Whether no mapping in a text of YAML gives a key twice: parsers take the last one.
+def check_text(text: str) -> yaml.Node | None:
+    r"""Whether a text of YAML gives no key twice, and stays small where parsers write out aliases.
 
     Returns:
         What the text holds; None for nothing.
 
     Raises:
-        YAMLError: One does, or it is no YAML.
+        YAMLError: A mapping gives a key twice, of which parsers take the last, aliases stand for
+            too much, something holds itself, or it is no YAML.
 
     Example:
-        >>> check_keys("a: 1\nb: {a: 2}").tag
+        >>> check_text("a: &a [1, 2]\nb: *a").tag
         'tag:yaml.org,2002:map'
     """
     root = yaml.compose(text, Loader=yaml.SafeLoader)
-    nodes, seen = [root] if root is not None else [], set[int]()
-    while nodes:
-        node = nodes.pop()
-        if id(node) in seen or isinstance(node, yaml.ScalarNode):
-            continue
-        seen.add(id(node))
-        if not isinstance(node, yaml.MappingNode):
-            nodes += node.value
-            continue
-        names = set()
-        for key, value in node.value:
-            if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge"):
-                if (key.tag, key.value) in names:
-                    problem = f"this gives {key.value!r} again"
-                    raise yaml.MarkedYAMLError(None, None, problem, key.start_mark)
-                names.add((key.tag, key.value))
-            nodes.append(value)
+    if root is not None:
+        has_aliases = "&" in text and "*" in text
+        most = _MOST_VALUES if has_aliases else math.inf
+        _Walk(_mark, _mark_repeated_key, most, "values by its aliases").count(root)
     return root
 
 
-def _count_expanded(node: yaml.Node, counts: dict[int, int]) -> int:
-    if (counted := counts.get(id(node))) is not None:
-        if not counted:
-            raise yaml.MarkedYAMLError(None, None, "this holds itself", node.start_mark)
-        return counted
-    counts[id(node)] = 0
-    children: list[yaml.Node] = []
-    if isinstance(node, yaml.MappingNode):
-        children = [part for pair in node.value for part in pair]
-    elif isinstance(node, yaml.SequenceNode):
-        children = node.value
-    number = 1 + sum(_count_expanded(child, counts) for child in children)
-    if number > _MOST_VALUES:
-        problem = f"this stands for more than {_MOST_VALUES:,} values by its aliases"
-        raise yaml.MarkedYAMLError(None, None, problem, node.start_mark)
-    counts[id(node)] = number
-    return number
+@dataclass
+class _Walk:
+    """A walk through the nodes of a text, each once, however many aliases name it.
+
+    Args:
+        refuse: Makes the error for a node from its problem and a hint.
+        check: Raises if a node at a depth may not be there.
+        most: Most values that the text may stand for.
+        values: What these are called.
+    """
+
+    refuse: Callable[[yaml.Node, str, str], Exception]
+    check: Callable[[yaml.Node, int], None]
+    most: float = _MOST_VALUES
+    values: str = "values"
+    counts: dict[int, int] = field(default_factory=dict)
+
+    def count(self, node: yaml.Node, depth: int = 0) -> int:
+        """Number of values of a node with its aliases written out."""
+        if (counted := self.counts.get(id(node))) is not None:
+            if not counted:
+                raise self.refuse(node, "holds itself", "Leave out the alias.")
+            return counted
+        self.counts[id(node)] = 0  # until it is counted; met again before, it holds itself
+        self.check(node, depth)
+        children: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            children = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            children = node.value
+        number = 1
+        for child in children:
+            number += self.count(child, depth + 1)
+        if number > self.most:
+            hint = "Write out less of it by aliases."
+            raise self.refuse(node, f"stands for more than {self.most:,} {self.values}", hint)
+        self.counts[id(node)] = number
+        return number
 
 
-def _count(node: yaml.Node, path: Path, counts: dict[int, int], depth: int) -> int:
-    """Number of values of a node with its aliases written out."""
-    if (counted := counts.get(id(node))) is not None:
-        if not counted:
-            raise _refuse(path, node, "holds itself", "Leave out the alias.")
-        return counted
-    counts[id(node)] = 0  # until it is counted; met again before, it holds itself
+def _find_repeated_key(node: yaml.Node) -> yaml.ScalarNode | None:
+    names: set[tuple[str, str]] = set()
+    for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+        if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge"):
+            if (key.tag, key.value) in names:
+                return key
+            names.add((key.tag, key.value))
+    return None
+
+
+def _mark(node: yaml.Node, problem: str, hint: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(None, None, f"this {problem}", node.start_mark)
+
+
+def _mark_repeated_key(node: yaml.Node, depth: int) -> None:
+    if (key := _find_repeated_key(node)) is not None:
+        raise _mark(key, f"gives {key.value!r} again", "")
+
+
+def _check_plain(path: Path, node: yaml.Node, depth: int) -> None:
+    """Refuse what no command line could be given, and keys that are none or come twice."""
     if depth > _DEEPEST:
         raise _refuse(path, node, f"lies deeper than {_DEEPEST} levels", "Write it flatter.")
     kind = node.tag.rpartition(":")[2]
-    if kind not in _PLAIN:  # such as a date, which no command line could be given
+    if kind not in _PLAIN:  # such as a date
         raise _refuse(path, node, f"is a {kind} to YAML", "Write it in quotes.")
-    number = 1
-    if isinstance(node, yaml.MappingNode):
-        keys: set[tuple[str, str]] = set()
-        for key, value in node.value:
-            number += _count(key, path, counts, depth + 1)
-            number += _count(value, path, counts, depth + 1)
-            if not isinstance(key, yaml.ScalarNode):
-                raise _refuse(path, key, "is no key", "Use a name.")
-            if not key.tag.endswith(":merge"):
-                if (key.tag, key.value) in keys:
-                    raise _refuse(path, key, f"gives the key {key.value!r} again", "Drop one.")
-                keys.add((key.tag, key.value))
-    elif isinstance(node, yaml.SequenceNode):
-        number += sum(_count(item, path, counts, depth + 1) for item in node.value)
-    if number > _MOST_VALUES:
-        hint = "Write out less of it by aliases."
-        raise _refuse(path, node, f"stands for more than {_MOST_VALUES:,} values", hint)
-    counts[id(node)] = number
-    return number
+    for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+        if not isinstance(key, yaml.ScalarNode):
+            raise _refuse(path, key, "is no key", "Use a name.")
+    if (key := _find_repeated_key(node)) is not None:
+        raise _refuse(path, key, f"gives the key {key.value!r} again", "Drop one.")
 
 
 def _refuse(path: Path, node: yaml.Node, problem: str, hint: str) -> ConfigError:
