@@ -76,7 +76,7 @@ def attend_masked(
     if mask is not None and query.dtype != torch.float64 and not is_causal_bias(mask):
         scoring = replace(scoring, attn_mask=_cast_as_autocast(mask)[0])
     lead, call = normalize_call(query, key, value, masking=masking, scoring=scoring)
-    out, lse = attend(call, options)
+    out, lse = _attend_checked(call, options)
     out = out.reshape(*lead, *out.shape[1:])
     lse = lse.reshape(*lead, *lse.shape[1:])
     return (out[0], lse[0]) if is_matrix else (out, lse)
@@ -99,7 +99,12 @@ def attend(call: AttentionCall, options: StreamOptions) -> tuple[Tensor, Tensor]
     refuse_transforms(call.query)
     query, key, value = _cast_as_autocast(*call[:3])
     check_types(query, key, value)
-    call = call._replace(query=query, key=key, value=value)
+    return _attend_checked(call._replace(query=query, key=key, value=value), options)
+
+
+def _attend_checked(call: AttentionCall, options: StreamOptions) -> tuple[Tensor, Tensor]:
+    """Attention of a call whose tensors are of one type, which autocast has cast."""
+    query, key, value = call[:3]
     if options.check_finite:
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             refuse_not_finite(name, tensor)
