@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fulgurite.data.exclusions import name_some
+from fulgurite.data.names import find_repeated
 from fulgurite.datamodules.fedsir.label_files import quote_some
 from fulgurite.datamodules.fedsir.samples import Listing
 from fulgurite.errors import ConfigError, DataError
@@ -111,8 +112,7 @@ def read_table(path: Path) -> dict[str, list[str]]:
             raise ValueError("it is empty")
         header = rows.pop(0)
         refuse_other_separator(header)
-        if len(set(header)) < len(header):
-            twice = next(name for name in header if header.count(name) > 1)
+        if (twice := find_repeated(header)) is not None:
             raise ValueError(f"it has two columns {twice!r}")
         for number, row in enumerate(rows, 1):
             if len(row) != len(header):

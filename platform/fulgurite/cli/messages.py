@@ -13,6 +13,7 @@ import pkgutil
 import re
 import traceback
 from argparse import ArgumentError
+from collections.abc import Sequence
 from dataclasses import is_dataclass
 from types import UnionType
 from typing import Any, get_args, get_type_hints
@@ -156,8 +157,7 @@ def _one_line(message: str) -> str:
     owner = classes[-1] if classes else ""
     if wrong := re.search(r"Option '([^']+)' is not accepted", message):
         if not classes:  # a key of a configuration, on its first level
-            hint = near_miss(wrong[1], keys) or "See `fulgurite fit --help`."
-            return f"There is no option '{wrong[1]}'. {hint}"
+            return _no_such_option(wrong[1], keys)
         refusing = re.search(r"class_path '([^']+)':\s+Option '", message)
         owner = refusing[1] if refusing else owner
         choices = _parameters(owner)
@@ -172,9 +172,7 @@ def _one_line(message: str) -> str:
                 "the first level of the file: one configuration is for all commands."
             )
         if not owner:  # a key of a configuration
-            option = f"{group[1]}.{group[2]}"
-            hint = near_miss(option, keys) or "See `fulgurite fit --help`."
-            return f"There is no option '{option}'. {hint}"
+            return _no_such_option(f"{group[1]}.{group[2]}", keys)
         nested = _nearest_nested(owner, f"{group[1]}.{group[2]}")
         return f"{prefix}{owner}: {group[1]} has no option '{group[2]}'. {nested}".rstrip()
     if unknown := re.search(r"(?:[Uu]nrecognized arguments: --|[Kk]ey ')([\w.]+)", message):
@@ -182,8 +180,7 @@ def _one_line(message: str) -> str:
             return "There is no option 'input' here. It is of `fulgurite predict` alone."
         if nested := _nearest_nested(owner, unknown[1]):
             return f"{prefix}{owner} has no option '{unknown[1]}'. {nested}"
-        hint = near_miss(unknown[1], keys) or "See `fulgurite fit --help`."
-        return f"There is no option '{unknown[1]}'. {hint}"
+        return _no_such_option(unknown[1], keys)
     if named := re.search(r"trainer\.strategy[\s\S]*import path string: (\w+)", message):
         return (
             f"The strategy '{named[1]}' is given by its name, which takes no options. Use "
@@ -216,6 +213,11 @@ def _one_line(message: str) -> str:
         value = f" (given: {plain[-1]})"
     inside = f"{owner}: " if owner else ""
     return f"{prefix}{inside}{'; '.join(reasons) or message}{value}"
+
+
+def _no_such_option(name: str, options: Sequence[str]) -> str:
+    hint = near_miss(name, options) or "See `fulgurite fit --help`."
+    return f"There is no option '{name}'. {hint}"
 
 
 def _near_class(message: str) -> str:

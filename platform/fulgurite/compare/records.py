@@ -19,10 +19,16 @@ from fulgurite.compare.trial import Trial, TrialResult, trial_id
 from fulgurite.masking import masked_arguments
 from fulgurite.run_folders import write_json
 
-__all__ = ["Record", "TrialRecords", "outdated_name", "read_record"]
+__all__ = ["UNREADABLE", "Record", "TrialRecords", "outdated_name", "read_record"]
 
 Record = dict[str, Any]
 """What is kept of a trial."""
+
+
+UNREADABLE = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError,
+)  # fmt: skip
+"""What reading JSON raises that is damaged, or of another program."""
 
 
 def read_record(path: Path, name: str | None = None) -> Record | None:
@@ -43,15 +49,7 @@ def read_record(path: Path, name: str | None = None) -> Record | None:
             and all(isinstance(text, str) for text in [*texts, *itertools.chain(*settings)])
             and (name or path.stem) == trial_id(record["method"], tuple(settings), record["seed"])
         )
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-        OverflowError,
-    ):
+    except UNREADABLE:
         return None
     return record if is_one else None
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fulgurite.compare.plan import ComparisonPlan
+from fulgurite.compare.records import UNREADABLE
 from fulgurite.compare.trial import LAST_CHECKPOINT, Training, Trial, TrialResult
 from fulgurite.compare.worker import Job
 from fulgurite.masking import masked_arguments
@@ -116,15 +117,7 @@ class Trainings:
         try:
             record = json.loads(self._record(name).read_text(encoding="utf-8"))
             return {str(key): float(value) for key, value in record["metrics"].items()}
-        except (
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-            OverflowError,
-        ):
+        except UNREADABLE:
             return None
 
     def _complete(self, step: Step, trainings: Iterable[tuple[str, Training]]) -> None:
