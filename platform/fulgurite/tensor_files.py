@@ -57,7 +57,11 @@ def load_plain(
         if not sealed and isinstance(content, Mapping) and _SEALED in content:
             raise ValueError("its digest is missing")
     except Exception as error:  # a damaged file raises nearly any
-        if isinstance(error, pickle.UnpicklingError) and (classes := _list_foreign(Path(path))):
+        classes: list[str] = []
+        if isinstance(error, pickle.UnpicklingError):
+            with suppress(Exception):  # a file that is damaged beside it is refused below
+                classes = _list_foreign(Path(path))
+        if classes:
             raise CheckpointError(
                 f"{option}={path} holds {', '.join(classes)}: only tensors and plain types are "
                 "read.",
@@ -136,9 +140,7 @@ def _list_foreign(path: Path) -> list[str]:
     """Names of what a file of ``torch.save`` needs that is neither a tensor nor a plain type."""
     from torch.serialization import get_unsafe_globals_in_checkpoint
 
-    with suppress(Exception):  # of a file that is damaged beside it
-        return sorted(get_unsafe_globals_in_checkpoint(path))
-    return []
+    return sorted(get_unsafe_globals_in_checkpoint(path))
 
 
 def _find_foreign(content: Any, where: str) -> Iterator[tuple[str, str]]:
