@@ -30,8 +30,6 @@ methods:
 seeds: {list(range(CELLS))}
 seed_keys: [seed_everything, data.init_args.seed]
 """
-#: Columns that are no results.
-_TIMES = ("seconds",)
 
 
 def run_comparison(file: Path, out: Path, *options: str) -> float:
@@ -55,8 +53,8 @@ def run_comparison(file: Path, out: Path, *options: str) -> float:
 def read_results(out: Path) -> list[list[str]]:
     """Read the table of a comparison without its times."""
     lines = [line.split(",") for line in (out / "table.csv").read_text().splitlines()]
-    kept = [i for i, name in enumerate(lines[0]) if name not in _TIMES]
-    return [[line[i] for i in kept] for line in lines]
+    results = [i for i, name in enumerate(lines[0]) if name != "seconds"]
+    return [[line[i] for i in results] for line in lines]
 
 
 def main() -> None:

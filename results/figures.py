@@ -6,16 +6,12 @@ Other figures of ``docs/`` are the ``figure.png`` of a comparison or of a run.
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from tables import read_record
+from tables import ROOT, read_record
 
 from fulgurite.plotting import new_figure, save_figure
 
-ROOT = Path(__file__).parents[1]
 _UNITS = {"B": 0, "KiB": 10, "MiB": 20, "GiB": 30}
 
 

@@ -172,7 +172,7 @@ class ClimateFile:
         stamps, edges = self._decoded_times
         return stamps[self._order], edges[self._order]
 
-    @property
+    @cached_property
     def _order(self) -> NDArray[np.int64]:
         """Numbers of the file's steps, by their time."""
         return np.argsort(self._decoded_times[0], kind="stable")
@@ -196,10 +196,10 @@ class ClimateFile:
             edges = np.full((len(stamps), 2), np.nan)
             if bounds is not None:
                 # in the units of the time by CF, but some writers give them their own
-                own = bounds.attributes
                 decode_bounds = (
-                    str(own.get("units", decode[0])), str(own.get("calendar", decode[1])),
-                )  # fmt: skip
+                    str(bounds.attributes.get("units", decode[0])),
+                    str(bounds.attributes.get("calendar", decode[1])),
+                )
                 edges = _decode_days(
                     _to_float(self.dataset.read(bounds.name))[:count], *decode_bounds
                 )

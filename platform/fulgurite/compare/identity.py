@@ -264,9 +264,9 @@ def _identity_of_path(text: str, role: Role) -> str:
     if there is not None:
         return _path_identity(there)
     if role == "place" and glob.has_magic(text):
-        for place in filter(None, (Path(), folder)):
-            names = sorted(glob.iglob(str(path), root_dir=place, recursive=True))[:_FOLDER_NAMES]
-            read = [_path_identity(place / name) for name in names[:_FOLDER_CONTENTS]]
+        for base in filter(None, (Path(), folder)):
+            names = sorted(glob.iglob(str(path), root_dir=base, recursive=True))[:_FOLDER_NAMES]
+            read = [_path_identity(base / name) for name in names[:_FOLDER_CONTENTS]]
             if names:
                 return digest([names, read])
     return ""

@@ -15,11 +15,11 @@ def find_repeated(names: Iterable[str]) -> str | None:
         >>> find_repeated(["a", "b", "a"]), find_repeated(["a", "b"])
         ('a', None)
     """
-    seen: set[str] = set()
+    names_before: set[str] = set()
     for name in names:
-        if name in seen:
+        if name in names_before:
             return name
-        seen.add(name)
+        names_before.add(name)
     return None
 
 
