@@ -82,7 +82,7 @@ def check_plates(
         exclude: Words for sites to leave out, as in :class:`CsvPlates`.
 
     Returns:
-        The table, and its missing files (addresses are not checked).
+        The table, and its missing files (addresses are not looked for).
 
     Raises:
         DataError: The table cannot be used.
@@ -146,15 +146,26 @@ def _make_parser() -> argparse.ArgumentParser:
 
 def _parse_names(text: str) -> list[str]:
     """Parse names between commas, also in brackets."""
-    names = yaml.load(text, yaml.BaseLoader) if text.startswith("[") else text.split(",")
-    return [str(name) for name in names]
+    names = _parse_yaml(text) if text.startswith("[") else text.split(",")
+    if not isinstance(names, list) or not all(isinstance(n, str) and n.strip() for n in names):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of names, such as A,B")
+    return [name.strip() for name in names]
 
 
 def _parse_pairs(text: str) -> dict[str, str]:
-    pairs: Any = yaml.load(text, yaml.BaseLoader)
-    if not isinstance(pairs, dict):
-        raise ValueError(text)
-    return {str(old): str(new) for old, new in pairs.items()}
+    pairs = _parse_yaml(text)
+    if not isinstance(pairs, dict) or not all(isinstance(new, str) for new in pairs.values()):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no pairs of beginnings, such as {{'/home/USER/plates/': ''}}"
+        )
+    return {str(old): new for old, new in pairs.items()}
+
+
+def _parse_yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no YAML") from error
 
 
 def main(argv: list[str]) -> int:
@@ -185,7 +196,16 @@ def main(argv: list[str]) -> int:
             f"{len(absent)} images of the table {options.file} are not there, first {absent[0]}.",
             "Put them there, or give `--root` or `--prefixes`.",
         )
-    print("images: all there")
+    addresses = sum("://" in name for paths in table.paths() for name in paths)
+    if addresses:
+        print(
+            f"images: {addresses} addresses, which are not looked for (a run reads those that "
+            "`--data.init_args.source.init_args.files.remote` allows)"
+            + "; the others are all there"
+            * (addresses < len(table) * len(table.path_columns))
+        )
+    else:
+        print("images: all there")
     return 0
 
 

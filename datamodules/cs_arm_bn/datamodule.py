@@ -159,6 +159,7 @@ class PlateDataModule(PlateLoaders):
         """Names of the codes in predictions, after :meth:`setup`; images by their first file."""
         frame = self.table.frame
         names = {name: frame[name] for name in ("source", "batch", "plate", "well", "site")}
+        names["well"] = self.table.written_wells
         names["path"] = frame[self.table.path_columns[0]]
         return {
             "label": self.class_names,

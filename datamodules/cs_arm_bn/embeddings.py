@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from fulgurite.data.exclusions import BadImage, Exclusion, check_exclude, exclude_hint, name_some
 from fulgurite.datamodules.cs_arm_bn.preprocess import Preprocess
+from fulgurite.datamodules.cs_arm_bn.site_names import well_name
 from fulgurite.datamodules.cs_arm_bn.site_readers import SiteReader
 from fulgurite.datamodules.cs_arm_bn.sources import PlateSource
-from fulgurite.datamodules.cs_arm_bn.table import PlateTable, well_name
+from fulgurite.datamodules.cs_arm_bn.table import PlateTable
 from fulgurite.errors import DataError
 from fulgurite.extras import optional_import
 from fulgurite.foreign import check_parquet, read_arrays, reading
@@ -329,8 +330,8 @@ def _split_table(table: pd.DataFrame) -> tuple[pd.DataFrame, NDArray[Any], tuple
 
 
 def _is_no_number(column: str) -> bool:
-    name = column.casefold()
-    return name in _NO_NUMBERS or name.startswith(_NO_NUMBERS_START)
+    name = column.strip().casefold()
+    return name in (*_NO_NUMBERS, *_KEYS, _ROW) or name.startswith(_NO_NUMBERS_START)
 
 
 def _convert_keys(keys: pd.DataFrame) -> pd.DataFrame:

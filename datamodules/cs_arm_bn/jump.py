@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from fulgurite.data.exclusions import Exclusion, check_exclude, exclude_hint, name_some
 from fulgurite.datamodules.cs_arm_bn.jump_metadata import JumpMetadata
 from fulgurite.datamodules.cs_arm_bn.jump_options import JumpFiles, Perturbations, PlateSelection
+from fulgurite.datamodules.cs_arm_bn.site_names import find_same_channel, name_wells
 from fulgurite.datamodules.cs_arm_bn.site_readers import FileReader, SiteReader
-from fulgurite.datamodules.cs_arm_bn.sources import PlateSource, locate
-from fulgurite.datamodules.cs_arm_bn.table import PlateTable, find_same_channel, name_wells
+from fulgurite.datamodules.cs_arm_bn.sources import PlateSource, check_channels, locate
+from fulgurite.datamodules.cs_arm_bn.table import PlateTable
 from fulgurite.datamodules.cs_arm_bn.table_files import find_other_plate, find_table, read_table
 from fulgurite.errors import DataError
 from fulgurite.io import data_path
@@ -65,7 +66,7 @@ class JumpPlates(PlateSource):
             ``stray_well``.
 
     Raises:
-        ConfigError: A word in ``exclude`` is unknown.
+        ConfigError: ``channels`` is empty or has duplicates, or a word in ``exclude`` is unknown.
 
     Source: docs/papers/cs_arm_bn.md sections 2.1, 2.2 and 4.1.
     """
@@ -87,7 +88,7 @@ class JumpPlates(PlateSource):
         prefixes = self.files.prefixes
         self.prefixes = {_GALLERY: ""} if prefixes is None else dict(prefixes)
         self.exclude = check_exclude(exclude, _EXCLUSIONS, "source.init_args.exclude")
-        self._channels = tuple(channels)
+        self._channels = check_channels(channels)
         self._metadata: JumpMetadata | None = None
 
     def forget_tables(self) -> None:
@@ -158,9 +159,27 @@ class JumpPlates(PlateSource):
                 "Loosen `sources`, `plate_types`, `skip_batches` or `plates` of "
                 f"`{_OPTION}.selection`.",
             )
-        return table[selected].drop_duplicates(
+        plates = table[selected].drop_duplicates(
             ["Metadata_Source", "Metadata_Batch", "Metadata_Plate"]
         )
+        twice = plates.duplicated(["Metadata_Source", "Metadata_Plate"])
+        if twice.any():
+            row = plates[twice].iloc[0]
+            raise DataError(
+                f"The plate {row['Metadata_Plate']} of {row['Metadata_Source']} is in two batches, "
+                "and the well table tells plates of a source by their names alone.",
+                f"Leave one of the batches out by `{_OPTION}.selection.skip_batches`.",
+            )
+        return plates
+
+    def _describe_unused_words(self) -> list[str]:
+        """Return notes about chosen plate types and skipped batches that the tables lack."""
+        table, notes = self.metadata.read_plates(), []
+        for option, column in (("skip_batches", "Batch"), ("plate_types", "PlateType")):
+            names = set(getattr(self.selection, option)) - set(table[f"Metadata_{column}"])
+            if names:
+                notes.append(f"{option} that no plate has: {name_some(sorted(names))}")
+        return notes
 
     def load(self) -> PlateTable:
         """Return the table of sites.
@@ -173,6 +192,7 @@ class JumpPlates(PlateSource):
         root = data_path(self.root)
         frame = self._read_plates(root, excluded)
         frame, notes = self._add_roles(frame, excluded)
+        notes += self._describe_unused_words()
         frame = self._select_complete_sites(frame, excluded)
         frame = self._select_distinct_channels(frame, excluded)
         if self.selection.stray_rows is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fulgurite.datamodules.cs_arm_bn.table import name_wells
+from fulgurite.datamodules.cs_arm_bn.site_names import name_wells
 from fulgurite.datamodules.cs_arm_bn.table_files import find_table, read_table
 from fulgurite.errors import DataError
 from fulgurite.io import data_path

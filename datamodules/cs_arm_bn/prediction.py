@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from fulgurite.datamodules.cs_arm_bn.embeddings import EmbeddedPlates
 from fulgurite.datamodules.cs_arm_bn.jump import JumpPlates
 from fulgurite.datamodules.cs_arm_bn.sources import PlateSource
+from fulgurite.datamodules.cs_arm_bn.table_files import refuse_misspelt_columns
 from fulgurite.datamodules.cs_arm_bn.tables import CsvPlates, ImageFiles, RxRx1Plates
 from fulgurite.errors import ConfigError, DataError
 
@@ -57,6 +58,7 @@ class InputPlates(CsvPlates):
     def read_file(self) -> pd.DataFrame:
         """Return the table, with an empty column of labels if there is none."""
         frame = super().read_file()
+        refuse_misspelt_columns(frame, ["label"], self.path)
         return frame if "label" in frame.columns else frame.assign(label=None)
 
     def describe_fix(self, path: str) -> str:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from fulgurite.datamodules.cs_arm_bn.preprocess import Preprocess
+from fulgurite.datamodules.cs_arm_bn.site_names import simplify_paths
 from fulgurite.datamodules.cs_arm_bn.site_readers import FileReader, SiteReader
 from fulgurite.datamodules.cs_arm_bn.table import PlateTable
-from fulgurite.errors import DataError
+from fulgurite.errors import ConfigError, DataError
 
-__all__ = ["PlateSource", "check_images", "locate", "refuse_shared_files"]
+__all__ = ["PlateSource", "check_channels", "check_images", "locate", "refuse_shared_files"]
 
 
 class PlateSource(ABC):
@@ -74,6 +75,20 @@ class PlateSource(ABC):
         """
 
 
+def check_channels(channels: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of channels, of which there must be one, each once.
+
+    Raises:
+        ConfigError: There is none, or one comes twice.
+    """
+    if not channels or len(set(channels)) < len(channels):
+        raise ConfigError(
+            f"The channels are {', '.join(channels) or 'none'}.",
+            "Set `--data.init_args.source.init_args.channels` to the name of each channel, once.",
+        )
+    return tuple(channels)
+
+
 def check_images(table: PlateTable, source: PlateSource) -> None:
     """Refuse a table if no plate's first image exists, or if it names a file for two sites.
 
@@ -103,7 +118,7 @@ def refuse_shared_files(table: PlateTable) -> None:
         DataError: Two sites have one file.
     """
     for name in table.path_columns:
-        paths = table.frame[name]
+        paths = simplify_paths(table.frame[name])
         if (repeated := paths.duplicated(keep=False)).any():
             path = paths[repeated].iloc[0]
             sites = table.frame[paths == path]

@@ -194,7 +194,8 @@ class HoldOut(Split):
         seed: Seed of the split.
 
     Raises:
-        ConfigError: A number is negative, or ``in_domain`` is not below 1.
+        ConfigError: A number is negative or, above 1, no whole one, or ``in_domain`` is not below
+            1.
 
     Source: docs/papers/cs_arm_bn.md section 2.4; several settings at once are inferred.
     """
@@ -219,14 +220,14 @@ class HoldOut(Split):
                 "Give lists of names under `--data.init_args.split.init_args`, such as "
                 "`new_batches=[b4]`.",
             )
-        if any(not isinstance(amount, list) and amount < 0 for amount in amounts) or not (
-            0 <= in_domain < 1
-        ):
+        numbers = [amount for amount in amounts if not isinstance(amount, list)]
+        # not a number is not at least 0 either
+        if not all(n >= 0 and (n < 1 or n % 1 == 0) for n in numbers) or not 0 <= in_domain < 1:
             raise ConfigError(
                 f"The split holds out {new_batches} and {val_batches} batches, {new_plates} and "
                 f"{val_plates} plates, {new_wells} wells and {in_domain} of the images.",
-                "Set these to 0 or more under `--data.init_args.split.init_args`, `in_domain` below"
-                " 1.",
+                "Set these to fractions below 1 or whole numbers, 0 or more, under "
+                "`--data.init_args.split.init_args`, and `in_domain` below 1.",
             )
         self.new_labs = list(new_labs)
         self.new_batches = new_batches

@@ -5,8 +5,6 @@ Shapes: R rows (sites) of the table, D domains (plates), K classes.
 
 from __future__ import annotations
 
-import itertools
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -16,6 +14,7 @@ from numpy.typing import NDArray
 
 from fulgurite.data.exclusions import Exclusion, exclude_hint, name_some
 from fulgurite.data.names import find_alike, find_repeated
+from fulgurite.datamodules.cs_arm_bn.site_names import name_wells, refuse_alike_sites
 from fulgurite.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,82 +22,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PlateTable",
-    "find_same_channel",
-    "name_wells",
     "position_accuracy",
-    "well_name",
 ]
 
 _KEYS = ("source", "batch", "plate", "well", "site")
 _REQUIRED = (*_KEYS, "role", "label")
+_WRITTEN_WELL = "written_well"  # as the table of the user has it
 Rows = NDArray[np.int64]
-
-
-_WELL = re.compile(r"([A-Za-z]{1,2})0*([1-9]\d?)")
-
-
-def well_name(text: str) -> str:
-    """Return the name of a well with an upper-case row and a column of two digits.
-
-    Names that are not a row and column are unchanged.
-
-    Example:
-        >>> [well_name(text) for text in ("A1", "a01", "AF048", "P24", "picture7", "A0")]
-        ['A01', 'A01', 'AF48', 'P24', 'picture7', 'A0']
-    """
-    if match := _WELL.fullmatch(text):
-        return f"{match[1].upper()}{int(match[2]):02}"
-    return text
-
-
-def name_wells(frame: pd.DataFrame, plate: Sequence[str], origin: str) -> pd.Series:
-    """Return the column ``well`` with one spelling of each well (:func:`well_name`).
-
-    Args:
-        frame: One row for each site or well.
-        plate: Columns that together name a plate.
-        origin: Subject of the error message, such as ``The plate table``.
-
-    Raises:
-        DataError: A plate spells one well in two ways.
-    """
-    spelled = frame["well"]
-    names = {text: well_name(text) for text in spelled.dropna().unique()}
-    if all(text == name for text, name in names.items()):
-        return spelled
-    wells: pd.Series = spelled.map(names)
-    pairs = frame[[*plate]].assign(well=wells, spelled=spelled).dropna().drop_duplicates()
-    twice = pairs[pairs.duplicated([*plate, "well"], keep=False)]
-    if len(twice):
-        first = twice.iloc[0]
-        same = twice[(twice[[*plate, "well"]] == first[[*plate, "well"]]).all(axis=1)]
-        raise DataError(
-            f"{origin} spells one well of plate {'|'.join(first[[*plate]])} in two ways: "
-            f"{' and '.join(same['spelled'])}.",
-            "Spell each well of a plate in one way, A01 for example.",
-        )
-    return wells
-
-
-def find_same_channel(
-    frame: pd.DataFrame, channels: Sequence[str]
-) -> tuple[NDArray[np.bool_], tuple[str, str]]:
-    """Mark the sites that have one file for two channels.
-
-    Returns:
-        The mask of these sites, and the two channels of the first one.
-
-    Shape:
-        - (R,) bool.
-    """
-    paths = [frame[f"path_{channel}"].to_numpy(dtype=object) for channel in channels]
-    marked, pair, earliest = np.zeros(len(frame), np.bool_), ("", ""), len(frame)
-    for (i, first), (k, second) in itertools.combinations(enumerate(paths), 2):
-        same = np.asarray(first == second, np.bool_)
-        marked |= same
-        if same.any() and (row := int(same.argmax())) < earliest:
-            earliest, pair = row, (channels[i], channels[k])
-    return marked, pair
 
 
 def position_accuracy(position: Rows, label: Rows, plate: Rows) -> tuple[float, float]:
@@ -246,6 +176,8 @@ class PlateTable:
         if "domain" not in frame.columns:
             frame["domain"] = frame["source"] + "|" + frame["batch"] + "|" + frame["plate"]
         frame["domain"] = frame["domain"].astype(str)
+        if _WRITTEN_WELL not in frame.columns:
+            frame[_WRITTEN_WELL] = frame["well"]
         frame["well"] = name_wells(frame, ["domain"], "The plate table")
         if "lab" not in frame.columns:
             frame["lab"] = frame["source"]
@@ -271,6 +203,7 @@ class PlateTable:
                 f"({int(twice.sum())} such rows).",
                 "Keep one row for each site.",
             )
+        refuse_alike_sites(frame)
         self._check_paths(frame)
         for name in ("source", "batch", "lab"):
             several = frame.groupby("domain")[name].nunique()
@@ -317,6 +250,11 @@ class PlateTable:
     def column(self, name: str) -> NDArray[Any]:
         """Return a column of the frame as an array of text."""
         return self.frame[name].astype(str).to_numpy(dtype=object)
+
+    @property
+    def written_wells(self) -> pd.Series:
+        """Names of wells as they were before A1 became A01. Shape: (R,)."""
+        return self.frame[_WRITTEN_WELL]
 
     def rows_of(self, domain: int, control: bool) -> Rows:
         """Return the rows of a plate's controls or queries, ascending."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fulgurite.data.names import find_misspelt
 from fulgurite.errors import DataError
 from fulgurite.extras import optional_import
 from fulgurite.foreign import check_parquet, read_csv, reading
@@ -15,7 +16,7 @@ from fulgurite.foreign import check_parquet, read_csv, reading
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["find_other_plate", "find_table", "read_table"]
+__all__ = ["find_other_plate", "find_table", "read_table", "refuse_misspelt_columns"]
 
 #: Ends of the names of tables, in the order in which they are looked for.
 _SUFFIXES = (".csv", ".csv.gz", ".parquet")
@@ -29,9 +30,11 @@ def _convert_to_text(column: pd.Series) -> pd.Series:
     """
     import pandas as pd
 
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        column = column.astype(column.cat.categories.dtype)
     if column.dtype.kind == "f":
         rounded = column.round()
-        if (rounded == column)[column.notna()].all():
+        if ((rounded == column) & (column.abs() < 2**63))[column.notna()].all():
             column = rounded.astype("Int64")
     text: pd.Series = column.astype("object").where(column.notna(), None).map(_convert_cell)
     return text if len(text) else pd.Series(dtype="object")
@@ -70,6 +73,8 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
 
     if not path.is_file():
         file = find_table(path)
+        if file is None and path.is_dir():
+            raise DataError(f"{path} is a folder, and no table.", "Name the file of the table.")
         if file is None:
             raise DataError(
                 f"There is no table {path}.csv, .csv.gz or .parquet.",
@@ -82,16 +87,40 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
     with reading(path, "The table", hint):
         if path.suffix == ".parquet":
             check_parquet(path)
-            table = pd.read_parquet(path).apply(_convert_to_text)
+            table = pd.read_parquet(path)
+            if names := [name for name in table.index.names if name is not None]:
+                table = table.reset_index(names)  # pandas' index is a column of the file
+            table = table.apply(_convert_to_text)
         else:
             table = read_csv(path, dtype=str)
     table = table.dropna(how="all").reset_index(drop=True)  # spreadsheets leave such rows
+    refuse_misspelt_columns(table, columns, path)
     if missing := [name for name in columns if name not in table.columns]:
         raise DataError(
             f"The table {path} has no column {missing[0]!r}.",
             f"It needs the columns {', '.join(columns)}.",
         )
     return table
+
+
+def refuse_misspelt_columns(table: pd.DataFrame, known: Sequence[str], path: Path | str) -> None:
+    """Refuse a table with a column that is known but for case and blanks.
+
+    Unknown columns are not used, so that this one, which may be optional, would be lost.
+
+    Args:
+        table: The table.
+        known: Names of the columns that are read if they are there.
+        path: Its file, for the error.
+
+    Raises:
+        DataError: It has such a column, and lacks the one that is known.
+    """
+    if pair := find_misspelt(map(str, table.columns), known):
+        raise DataError(
+            f"The table {path} has a column {pair[0]!r}, which is not read: {pair[1]!r} would be.",
+            "Rename it, or give it another name if it is something else.",
+        )
 
 
 def find_other_plate(table: pd.DataFrame, plate: tuple[str, str, str]) -> str:

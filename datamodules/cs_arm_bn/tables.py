@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING, Literal
 from fulgurite.data.exclusions import Exclusion, check_exclude, exclude_hint, name_some
 from fulgurite.data.names import find_repeated
 from fulgurite.datamodules.cs_arm_bn.preprocess import Preprocess
+from fulgurite.datamodules.cs_arm_bn.site_names import find_same_channel
 from fulgurite.datamodules.cs_arm_bn.site_readers import FileReader, SiteReader
-from fulgurite.datamodules.cs_arm_bn.sources import PlateSource, locate
-from fulgurite.datamodules.cs_arm_bn.table import PlateTable, find_same_channel
-from fulgurite.datamodules.cs_arm_bn.table_files import read_table
+from fulgurite.datamodules.cs_arm_bn.sources import PlateSource, check_channels, locate
+from fulgurite.datamodules.cs_arm_bn.table import PlateTable
+from fulgurite.datamodules.cs_arm_bn.table_files import read_table, refuse_misspelt_columns
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.io import data_path
 from fulgurite.options import PositiveInt, check_arguments, check_options, make_options
@@ -26,6 +28,7 @@ __all__ = ["CsvPlates", "ImageFiles", "RxRx1Plates"]
 
 _EXCLUSIONS = ("unknown_label", "missing_channel", "same_channel")
 _OPTION = "--data.init_args.source.init_args"
+_CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _NAMES = (
     *("source", "batch", "plate", "well", "site", "role", "label"),
     *("domain", "lab", "official"),
@@ -100,11 +103,6 @@ class CsvPlates(PlateSource):
         exclude: list[str] = [],  # noqa: B006  # copied below
     ) -> None:
         check_arguments(CsvPlates.__init__, locals(), _OPTION.removeprefix("--"))
-        if not channels or len(set(channels)) < len(channels):
-            raise ConfigError(
-                f"The channels are {', '.join(channels) or 'none'}.",
-                f"Set `{_OPTION}.channels` to the name of each channel, once.",
-            )
         if (name := find_repeated(classes or ())) is not None:
             raise ConfigError(
                 f"The class {name!r} comes twice.", f"Name each class in `{_OPTION}.classes` once."
@@ -113,7 +111,7 @@ class CsvPlates(PlateSource):
         self.classes = classes
         self.files = make_options(ImageFiles, files)
         self.exclude = check_exclude(exclude, _EXCLUSIONS, "source.init_args.exclude")
-        self._channels = tuple(channels)
+        self._channels = check_channels(channels)
         self._preprocess = Preprocess(downscale, intensity)
         self._frame: pd.DataFrame | None = None
 
@@ -148,6 +146,8 @@ class CsvPlates(PlateSource):
     def _read_frame(self) -> pd.DataFrame:
         if self._frame is None:
             frame = self.read_file()
+            channels = ["path", *(f"path_{channel}" for channel in self._channels)]
+            refuse_misspelt_columns(frame, [*_NAMES, *channels], self.path)
             for name in ("role", "label"):
                 if name not in frame.columns:
                     raise DataError(
@@ -162,17 +162,23 @@ class CsvPlates(PlateSource):
                 )
             for name in _NAMES:
                 if name in frame.columns:
-                    self._check_blanks(frame[name])
+                    self._check_names(frame[name])
             self._frame = frame
         return self._frame
 
-    def _check_blanks(self, column: pd.Series) -> None:
+    def _check_names(self, column: pd.Series) -> None:
         names = column.dropna().unique()
         if wrong := [name for name in names if name != name.strip()]:
             raise DataError(
                 f"The column {column.name!r} of {self.path} holds {wrong[0]!r}, with a blank at an "
                 "end.",
                 "Remove such blanks: with them it is another name.",
+            )
+        if wrong := [name for name in names if _CONTROL_CHARACTER.search(name)]:
+            raise DataError(
+                f"The column {column.name!r} of {self.path} holds {wrong[0][:80]!r}, which is no "
+                "name: a line ends in it, or it has a tab or another control character.",
+                "Look for a quote that is not closed where the name begins.",
             )
 
     def describe_fix(self, path: str) -> str:

@@ -134,7 +134,9 @@ def test_files_that_do_not_fit_are_refused(tmp_path, keys, values, change, says)
         use()
 
 
-@pytest.mark.parametrize("name", ["label", "Metadata_Concentration", "Unnamed: 0", "ImageNumber"])
+@pytest.mark.parametrize(
+    "name", ["label", "Metadata_Concentration", "Unnamed: 0", "ImageNumber", "Batch"]
+)
 def test_columns_that_are_no_features_are_refused(tmp_path, keys, values, name):
     path = write(tmp_path, keys.assign(**{name: np.arange(48) % 2}), values, "parquet of numbers")
     with pytest.raises(DataError, match=f"columns {name} are no numbers of an embedding"):

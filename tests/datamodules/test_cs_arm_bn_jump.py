@@ -433,6 +433,18 @@ def test_wrong_choices_are_named(bucket):
         read(bucket)
 
 
+def test_choices_that_choose_nothing_are_reported_and_ambiguous_plates_refused(bucket):
+    report = read(bucket, skip_batches=["nowhere"], plate_types=["COMPOUND", "X"]).report()
+    assert "skip_batches that no plate has: nowhere" in report
+    assert "plate_types that no plate has: X" in report
+    with pytest.raises(ConfigError, match="The channels are none"):
+        read(bucket, channels=[])
+    again = lambda frame: pd.concat([frame, frame[:1].assign(Metadata_Batch="again")])  # noqa: E731
+    edit(next((bucket / "metadata").glob("plate.csv*")), again)
+    with pytest.raises(DataError, match="is in two batches"):
+        read(bucket)
+
+
 def test_chosen_classes_are_numbered_by_identifier(bucket):
     table = read(bucket, classes=["JCP2022_037716", "JCP2022_025848"])
     assert table.class_names == ("dexamethasone", "AMG900")

@@ -110,6 +110,8 @@ def test_the_template_is_printed_and_overwrites_nothing(fulgurite):
         ({"path_DNA": "images/P1/A01_s1_DNA.tif"}, (), "P1 A01 site 1 and for mylab|batch1|P1 A03"),
         ({"well": "A2"}, (), "A02 and A2"),
         ({}, ("--prefixes=images",), "--prefixes"),
+        ({}, ("--prefixes={images",), "'{images' is no YAML"),
+        ({}, ("--channels=",), "'' is no list of names"),
         ({}, ("--colour=red",), "--help"),
     ],
 )
@@ -128,6 +130,14 @@ def test_what_is_wrong_with_a_table_is_said_in_the_options_of_the_check(
     assert status == 2
     assert words in error
     assert "init_args" not in error
+
+
+def test_a_check_says_that_it_does_not_look_for_addresses(workdir, capsys):
+    (workdir / "plates.csv").write_text(template().replace("images/", "s3://bucket/"))
+    assert main(["check", "plates.csv"]) == 0
+    told = capsys.readouterr().out
+    assert "88 addresses, which are not looked for" in told
+    assert "all there" not in told
 
 
 def test_a_check_follows_paths_of_another_machine(workdir, capsys):

@@ -16,7 +16,7 @@ from fulgurite.datamodules.cs_arm_bn import (
     PlateTable,
     RxRx1Plates,
 )
-from fulgurite.datamodules.cs_arm_bn.sources import check_images
+from fulgurite.datamodules.cs_arm_bn.sources import check_images, refuse_shared_files
 from fulgurite.datamodules.cs_arm_bn.splits import Assignment, check_assignment
 from fulgurite.datamodules.cs_arm_bn.table import position_accuracy
 from fulgurite.errors import ConfigError, DataError
@@ -243,6 +243,8 @@ def test_a_leaking_split_is_refused():
         (lambda: HoldOut(new_wells=4).assign(table()), DataError, "new_wells"),
         (lambda: HoldOut(in_domain=1.0), ConfigError, "in_domain"),
         (lambda: HoldOut(new_batches=-1), ConfigError, "0 or more"),
+        (lambda: HoldOut(val_plates=1.5), ConfigError, "whole numbers"),
+        (lambda: HoldOut(new_batches=float("nan")), ConfigError, "0 or more"),
         (lambda: HoldOut(new_batches="b3"), ConfigError, "'b3'.*a name alone is no list"),
         (lambda: GroupFolds(fold=5), ConfigError, "fold"),
         (lambda: GroupFolds(val_fraction=1.0), ConfigError, "val_fraction"),
@@ -374,12 +376,46 @@ def test_parquet_reads_as_csv_does(tmp_path):
         (b"\xef\xbb\xbfrole,role\nquery,query\n", "two columns 'role'"),
         (b"role,label,path\n", "no site"),
         (b"role,label,path\nquery,x ,a.png\n", "'x ', with a blank"),
+        (b'role,label,path\nquery,"x\ny",a.png\n', r"'x\\ny', which is no name"),
+        (b"role,label,path\nquery,x\x00,a.png\n", "which is no name"),
+        (b'role,label,path\nquery,"x,a.png\nquery,"x,b.png\n', "a quote is not closed"),
+        (b"role,label,path,Lab\nquery,x,a.png,y\n", "column 'Lab', which is not read: 'lab'"),
+        (b"role,label, path \nquery,x,a.png\n", "column ' path ', which is not read"),
     ],
 )
 def test_what_is_no_such_table_is_named(tmp_path, content, words):
     (tmp_path / "plates.csv").write_bytes(content)
     with pytest.raises(DataError, match=words):
         CsvPlates(str(tmp_path / "plates.csv"), ["grey"]).load()
+
+
+def test_parquet_is_read_with_its_index_and_by_the_values_of_its_categories(tmp_path):
+    frame = rows().assign(lab="one", site=pd.Categorical(np.ones(len(rows()))))
+    frame.assign(label="x", batch=1e22).set_index("lab").to_parquet(tmp_path / "plates.parquet")
+    read = CsvPlates(str(tmp_path / "plates.parquet"), ["grey"]).load().frame
+    assert {*read["lab"]} == {"one"}
+    assert {*read["site"]} == {"1"}
+    assert {*read["batch"]} == {"1e+22"}
+
+
+def test_a_site_and_a_file_have_one_name(tmp_path):
+    twice = rows().assign(site=["1", "1.0"] * (len(rows()) // 2))
+    twice.loc[1, "well"] = twice.loc[0, "well"]
+    with pytest.raises(DataError, match=r"the sites '1' and '1\.0', which are one"):
+        table(twice)
+    path = write_csv(tmp_path, path_a="i/a.png", path_b=["b.png"] * 10 + ["i/./a.png", "i\\a.png"])
+    pd.read_csv(path).drop(columns="path").to_csv(path, index=False)
+    with pytest.raises(DataError, match=r"2 sites with one file for two channels, a and b"):
+        CsvPlates(path, ["a", "b"]).load()
+    frame = rows()
+    frame["path"] = [f"i/{k}.png" for k in range(len(frame) - 1)] + ["i/../i//0.png"]
+    with pytest.raises(DataError, match="share a file"):
+        refuse_shared_files(table(frame))
+
+
+def test_a_folder_is_no_table(tmp_path):
+    with pytest.raises(DataError, match="is a folder, and no table"):
+        CsvPlates(str(tmp_path), ["grey"]).load()
 
 
 def test_other_columns_called_path_are_no_channels(tmp_path):
@@ -424,6 +460,7 @@ def test_a_well_has_one_spelling(tmp_path):
     plain = rows()
     short = plain.assign(well=[f"{w[0].lower()}{int(w[1:]) + 1}" for w in plain["well"]])
     spelled = table(short).frame["well"]
+    assert table(short).written_wells[:2].tolist() == ["a1", "a2"]  # as predictions name them
     assert spelled[:2].tolist() == ["A01", "A02"]
     # plates may differ in it, one plate may not
     mixed = short.assign(well=short["well"].mask(short["source"] == "lab0", spelled))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable
 
-__all__ = ["find_alike", "find_repeated"]
+__all__ = ["find_alike", "find_misspelt", "find_repeated"]
 
 
 def find_repeated(names: Iterable[str]) -> str | None:
@@ -37,6 +37,26 @@ def find_alike(names: Iterable[str]) -> list[tuple[str, ...]]:
     for name in dict.fromkeys(names):
         groups.setdefault(_simplify(name), []).append(name)
     return [tuple(group) for group in groups.values() if len(group) > 1]
+
+
+def find_misspelt(names: Iterable[str], known: Iterable[str]) -> tuple[str, str] | None:
+    """Return the first name that only resembles a known one, and that one, if any.
+
+    A name that is known passes, and so does one whose likeness is there too, rightly spelled.
+
+    Args:
+        names: Such as the columns of a table.
+        known: Names that are looked for.
+
+    Example:
+        >>> find_misspelt(["plate", "Lab", " site"], ["plate", "lab", "site"])
+        ('Lab', 'lab')
+        >>> find_misspelt(["plate", "Plate", "notes"], ["plate", "lab"])
+    """
+    names = list(names)
+    absent = {_simplify(name): name for name in known if name not in names}
+    pairs = ((name, absent.get(_simplify(name))) for name in names)
+    return next(((name, meant) for name, meant in pairs if meant is not None), None)
 
 
 def _simplify(name: str) -> str:

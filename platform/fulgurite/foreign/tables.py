@@ -37,7 +37,7 @@ def read_csv(path: str | Path, **options: Any) -> pd.DataFrame:
 
     Raises:
         ValueError: The file is of another format, a line has more than 10,000 fields or more of
-            them than the header, or the header names a column twice.
+            them than the header, the header names a column twice, or quotes do not enclose fields.
         Exception: What pandas raises.
     """
     import pandas as pd
@@ -48,6 +48,7 @@ def read_csv(path: str | Path, **options: Any) -> pd.DataFrame:
     widest = max((line.count(b",") for line in content.splitlines()), default=0)
     if widest > _MOST_FIELDS:
         raise ValueError(f"a line has {widest:,} fields")
+    _refuse_stray_quotes(content)
     table: pd.DataFrame = pd.read_csv(
         io.BytesIO(content), compression=None, keep_default_na=False, na_values=[""], **options
     )
@@ -76,6 +77,26 @@ def refuse_other_formats(content: bytes) -> None:
     for start, name in _OTHER_FORMATS.items():
         if content.startswith(start):
             raise ValueError(f"it is {name}, not comma-separated values in UTF-8")
+
+
+def _refuse_stray_quotes(content: bytes) -> None:
+    """Refuse a field that goes on behind its closing quote, which pandas would take.
+
+    Two forgotten quotes otherwise make one field of all lines between them.
+
+    Raises:
+        ValueError: There is such a field.
+    """
+    if b'"' not in content:
+        return
+    lines = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
+    try:
+        for _ in lines:
+            pass
+    except csv.Error as error:
+        raise ValueError(
+            f"a quote is not closed or not doubled up to line {lines.line_num}: {error}"
+        ) from error
 
 
 def _refuse_unclear_header(content: bytes, columns: list[Any]) -> None:
