@@ -7,10 +7,11 @@ import sys
 from collections.abc import Callable
 
 from fulgurite import __version__
-from fulgurite.commands import find_local_modules, run_command
+from fulgurite.commands import check_filled, find_local_modules, run_command
 from fulgurite.errors import ConfigError
 from fulgurite.extras import optional_import
 from fulgurite.systems import (
+    RUN_COMMANDS,
     config_path,
     kind_of,
     packaged_configs,
@@ -123,6 +124,8 @@ def _dispatch(argv: list[str]) -> int:
     if command == "systems":
         return list_systems()
     find_local_modules()
+    if command not in (*RUN_COMMANDS, "completion"):  # runs have options whose value is a text
+        check_filled(argv[1:])
     if command in ("compare", "report"):
         from fulgurite import compare
 

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from fulgurite.errors import FulguriteError, RunError, Terminated
+from fulgurite.errors import ConfigError, FulguriteError, RunError, Terminated
 from fulgurite.ranks import is_first_process
 
-__all__ = ["find_local_modules", "run_command"]
+__all__ = ["DISK_ERRORS", "check_filled", "find_local_modules", "run_command"]
+
+DISK_ERRORS = frozenset(
+    {
+        errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.EISDIR,
+        errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS,
+    }
+)  # fmt: skip
+"""What a full, read-only or foreign disk answers."""
 
 
 def find_local_modules() -> None:
@@ -21,6 +30,30 @@ def find_local_modules() -> None:
     folder = os.getcwd()
     if not sys.flags.safe_path and not {"", folder} & {*sys.path}:
         sys.path.append(folder)
+
+
+def check_filled(argv: Sequence[str]) -> None:
+    """Refuse options and arguments without a value, such as those of unset variables of the shell.
+
+    Args:
+        argv: The words of a command line, without the command.
+
+    Raises:
+        ConfigError: A word is empty, or an option is followed by nothing.
+
+    Example:
+        >>> check_filled(["--out=here", "a=b"])
+        >>> check_filled(["--out="])
+        Traceback (most recent call last):
+        fulgurite.errors.ConfigError: --out is empty. Give a value, or leave it out.
+    """
+    for number, word in enumerate(argv):
+        before = argv[number - 1] if number else ""
+        name = word[:-1] if word.startswith("--") and word.endswith("=") else ""
+        if not word:
+            name = before if before.startswith("--") and "=" not in before else "An argument"
+        if name and name.count("=") == 0:
+            raise ConfigError(f"{name} is empty.", "Give a value, or leave it out.")
 
 
 def run_command(argv: list[str], execute: Callable[[list[str]], int]) -> int:
@@ -49,6 +82,16 @@ def run_command(argv: list[str], execute: Callable[[list[str]], int]) -> int:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if debug or error.errno not in DISK_ERRORS:
+            raise
+        file = error.filename2 or error.filename or "A file"
+        print(
+            f"fulgurite: error: {file} cannot be written or read ({error.strerror}). Make room, or "
+            "name another place.",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt as error:
         _report_stop(str(error) or "interrupted")
         return 130

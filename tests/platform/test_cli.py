@@ -1,6 +1,7 @@
 """The command line as a user meets it: help, errors, run folders, loggers, own modules."""
 
 import csv
+import errno
 import json
 import os
 import pickle
@@ -180,6 +181,25 @@ def test_another_pipe_that_breaks_is_an_error():
 
     with pytest.raises(BrokenPipeError, match="of a worker"):
         run_command(["systems"], execute)
+
+
+@pytest.mark.parametrize("words", [["--out="], ["--out", ""], ["", "--dry-run"]])
+def test_an_empty_value_is_no_default(fulgurite, words):
+    """As of a variable of the shell that is not set: `--out=$OUT`."""
+    status, _, err = fulgurite("compare", "fedsir/compare_demo.yaml", *words)
+    assert status == 2
+    assert "is empty. Give a value, or leave it out." in err
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ENOTDIR])
+def test_a_disk_that_refuses_is_one_line(number, capsys):
+    def write(_):
+        raise OSError(number, os.strerror(number), "here/a.txt")
+
+    assert run_command(["new"], write) == 1
+    assert capsys.readouterr().err.startswith("fulgurite: error: here/a.txt cannot be written")
+    with pytest.raises(OSError, match="here"):
+        run_command(["new", "--debug"], write)
 
 
 def test_unknown_commands_get_the_nearest(fulgurite):

@@ -1,11 +1,13 @@
 """Sweeps without a server: W&B's files through Optuna."""
 
+import contextlib
 import csv
 import json
 import math
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import tempfile
 import time
@@ -29,11 +31,22 @@ from fulgurite.sweep.driver import main
 from fulgurite.sweep.pruning import falls_behind
 from fulgurite.sweep.reporter import TrialReporter
 from fulgurite.sweep.space import Categorical, Distribution, EarlyTerminate
-from fulgurite.sweep.study import MEMORY, TrialWatch, hide_password, next_point, open_study
+from fulgurite.sweep.storage import MEMORY, hide_password
+from fulgurite.sweep.study import TrialWatch, next_point, open_study
 from fulgurite.testing.survival import find_free_port, start_call
 
 RUNNER = """
 import json, os, pathlib, sys, time
+
+
+def parse(argv):
+    options = dict(word[2:].split("=", 1) for word in argv if word.startswith("--") and "=" in word)
+    if "misspelt" in options:
+        from fulgurite.errors import ConfigError
+
+        raise ConfigError("There is no option 'misspelt'.")
+    options = {key: value for key, value in options.items() if key not in ("lr", "width")}
+    return {"model": pathlib.Path("base.yaml").read_text(), "options": options}
 
 
 def main(argv):
@@ -47,7 +60,8 @@ def main(argv):
     if width == 13:
         print("fulgurite: error: Thirteen is refused.", file=sys.stderr)
         return 2
-    value = -((lr - 0.3) ** 2) + width / 1000 if width != 14 else float("nan")
+    value = -((lr - 0.3) ** 2) + width / 1000
+    value = {14: float("nan"), 15: float("inf"), 16: -float("inf")}.get(width, value)
     (run / "summary.json").write_text(json.dumps({"val/acc": value}))
     (run / "config.yaml").write_text(json.dumps({"trainer": {}, "lr": lr, "run": {"name": "x"}}))
     return 0
@@ -66,6 +80,7 @@ GRID = {
 def folder(tmp_path, monkeypatch):
     """The current folder, with a runner and the list of what it ran."""
     (tmp_path / "sweep_runner.py").write_text(RUNNER)
+    (tmp_path / "base.yaml").write_text("model: some\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("RUNS", str(tmp_path / "runs.txt"))
@@ -123,6 +138,76 @@ def test_a_finished_sweep_is_not_run_again_and_may_grow(folder):
     assert len(ran(folder)) == 2
     run(file)
     assert len(ran(folder)) == len({json.dumps(r) for r in ran(folder)}) == 6
+
+
+def test_trials_of_another_configuration_are_not_mixed(folder):
+    run(write(folder, GRID), trials=1)
+    (folder / "base.yaml").write_text("model: other\n")
+    with pytest.raises(ConfigError, match=r"another configuration than fit .*\(model differs\)"):
+        run(write(folder, GRID))
+    (folder / "base.yaml").write_text("model: some\n")
+    run(write(folder, GRID), trials=2)
+    assert len(ran(folder)) == 2
+
+
+def test_a_configuration_that_is_edited_meanwhile_ends_the_sweep(folder, monkeypatch):
+    driver_type = sweep.driver._Driver
+    say = driver_type.say
+
+    def edit(self, *arguments):
+        (folder / "base.yaml").write_text("model: another\n")
+        say(self, *arguments)
+
+    monkeypatch.setattr(driver_type, "say", edit)
+    with pytest.raises(ConfigError, match=r"base\.yaml changed while trials ran.*model differs"):
+        run(write(folder, GRID))
+    assert len(ran(folder)) == 1
+
+
+@pytest.mark.parametrize("options", [{"name": "other"}, {"storage": "sqlite:///new.db"}])
+def test_a_folder_keeps_the_trials_of_its_own_study(folder, options):
+    run(write(folder, GRID), trials=1)
+    table = (folder / "out" / "trials.csv").read_text()
+    with pytest.raises(ConfigError, match=r"out holds the trials of another study"):
+        run(write(folder, GRID), **options)
+    assert (folder / "out" / "trials.csv").read_text() == table
+    assert len(ran(folder)) == 1
+
+
+def test_options_are_checked_before_the_first_trial(folder, capsys):
+    file = write(folder, {**GRID, "parameters": {"misspelt": {"values": [1]}}})
+    with pytest.raises(ConfigError, match="no option 'misspelt'"):
+        run(file)
+    with pytest.raises(ConfigError, match="no option 'misspelt'"):
+        main([file, "--dry-run", "--runner=sweep_runner:main"])
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("storage", ["memory", "sqlite://", "sqlite:///", "sqlite:///:memory:"])
+def test_a_storage_that_would_not_stay_is_refused(folder, storage):
+    with pytest.raises(ConfigError, match="kept in memory"):
+        run(write(folder, GRID), storage=storage)
+
+
+def test_a_storage_of_something_else_is_one_error(folder):
+    with contextlib.closing(sqlite3.connect("foreign.db")) as connection:
+        connection.execute("create table studies (a int)")
+    with pytest.raises(ConfigError, match=r"foreign\.db cannot be used \(.*no.* column"):
+        run(write(folder, GRID), storage="sqlite:///foreign.db")
+
+
+def test_a_folder_may_have_any_name(folder):
+    out = folder / "50% of {a}#b?c=é"
+    study = run(write(folder, GRID), trials=1, out=str(out))
+    assert (out / "study.db").is_file()
+    assert len(study.trials) == 1
+
+
+def test_an_overflow_is_not_the_best(folder, capsys):
+    widths = {"lr": {"value": 0.3}, "width": {"values": [15, 16, 2]}}
+    study = run(write(folder, {**GRID, "parameters": widths}))
+    assert [t.state.name for t in study.trials] == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert "Best: trial 2" in capsys.readouterr().out
 
 
 def test_another_sweep_in_the_same_folder_is_refused(folder):
@@ -348,6 +433,8 @@ def test_rounded_values_stay_within_the_bounds(folder, spec, low, high):
 def test_nothing_is_spelled_as_null(folder):
     content = read(folder, parameters={"x": {"value": None}, "y": {"values": [None, "None"]}})
     assert content.options({"y": None}) == ["--x=null", "--y=null"]
+    within = read(folder, parameters={"x": {"value": [None, {"a": None}]}})
+    assert within.options({}) == ['--x=[null, {"a": null}]']
 
 
 def test_a_study_of_another_program_is_refused(folder):
@@ -407,6 +494,15 @@ RULE = {"type": "hyperband", "min_iter": 2}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"parameters": {"a": {"distribution": "q_uniform", "min": 0, "max": 1, "q": 1e-12}}},
+            "has 1,000,000,000,000 values, and a grid has 100,000 points at most",
+        ),
+        ({"parameters": {"run.dir": {"values": ["a"]}}}, r"run\.dir is set, and each trial has"),
+        (
+            {"command": ["fulgurite", "fit", "--run.dir=a", "${args}"]},
+            r"run\.dir is set, and each trial has",
+        ),
         ({"method": "custom"}, "method is 'custom'.*Give grid, random, bayes"),
         ({"job": "x"}, "the file has 'job'"),
         ({"controller": {"type": "local"}}, "has 'controller'"),
@@ -482,6 +578,9 @@ def test_wrong_calls_are_refused(folder):
     file = write(folder, {**RANDOM, "run_cap": None})
     with pytest.raises(ConfigError, match="how many trials"):
         run(file)
+    for option in ("storage", "out", "name"):
+        with pytest.raises(ConfigError, match=f"--{option} is empty"):
+            run(file, **{option: ""})
     for option in ("trials", "workers"):
         with pytest.raises(ConfigError, match=f"--{option} is 0"):
             run(file, **{option: 0})
@@ -612,7 +711,7 @@ def test_a_packaged_configuration_is_swept_with_early_ends(folder):
 
 def test_the_command_line(folder, capsys):
     file = write(folder, GRID)
-    assert main([file, "--dry-run"]) == 0
+    assert main([file, "--dry-run", "--runner=sweep_runner:main"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "fulgurite fit --config base.yaml --lr=0.1 --width=1"
     assert len(lines) == 6

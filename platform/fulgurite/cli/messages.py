@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import errno
 import importlib
 import inspect
 import linecache
@@ -22,6 +21,7 @@ import torch.distributed
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
+from fulgurite.commands import DISK_ERRORS
 from fulgurite.errors import CheckpointError, ConfigError, FulguriteError, RunError, near_miss
 from fulgurite.foreign.reading import describe_error
 from fulgurite.run_folders import RunOptions
@@ -231,11 +231,6 @@ def _near_class(message: str) -> str:
     return f" (did you mean '{absent[1]}.{near[0]}'?)" if near else ""
 
 
-# what a full, read-only or foreign disk answers
-_DISK = {
-    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.EISDIR,
-    errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS,
-}  # fmt: skip
 _DISTRIBUTED = re.compile(
     r"gloo|ProcessGroup|NCCL|EADDRINUSE|address already in use|TCPStore|Connection (reset|closed)",
     re.IGNORECASE,
@@ -258,7 +253,7 @@ def _outside(error: BaseException | None) -> RunError | None:
                 f"The processes of the run have lost each other ({text[:160]}).",
                 "See what the others printed before; a fit goes on with --ckpt_path=last.",
             )
-        if isinstance(error, OSError) and _number_of(error) in _DISK:
+        if isinstance(error, OSError) and _number_of(error) in DISK_ERRORS:
             file = error.filename or "a file"
             return RunError(
                 f"{file} cannot be written or read ({os.strerror(_number_of(error))}).",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -92,10 +93,11 @@ def _way_on(command: str) -> str:
         return ""
     with suppress(ValueError):
         folder = folder.relative_to(Path.cwd().resolve())
-    again = f"fulgurite fit --config {folder / 'config.yaml'}"
+    again = f"fulgurite fit --config {shlex.quote(str(folder / 'config.yaml'))}"
     if (folder / LAST).is_file():
         return f"; go on with `{again} --ckpt_path last`"
-    return f" before the first checkpoint; start over with `{again} --run.dir {folder}`"
+    where = shlex.quote(str(folder))
+    return f" before the first checkpoint; start over with `{again} --run.dir {where}`"
 
 
 def _no_advertisement(record: logging.LogRecord) -> bool:

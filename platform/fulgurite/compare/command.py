@@ -87,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(comparison.markdown())
     print(f"Tables and figure: {comparison.folder}")
     if options.only:
-        print(f"Of the part that --only names; all: fulgurite report {comparison.folder}")
+        folder = shlex.quote(str(comparison.folder))
+        print(f"Of the part that --only names; all: fulgurite report {folder}")
     return 1 if comparison.failed else 0
 
 

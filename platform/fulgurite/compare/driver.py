@@ -173,6 +173,8 @@ def find_folder(file: str, plan: ComparisonPlan, *, out: str | None, quick: bool
     Raises:
         ConfigError: The default folder is that of another comparison file.
     """
+    if out == "":  # such as an unset variable of the shell
+        raise ConfigError("--out is empty.", "Name a folder, or leave it out.")
     if out:
         return Path(out).resolve()
     path = find_config(file).resolve()

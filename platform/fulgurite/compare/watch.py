@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,45 @@ from fulgurite.compare.trials import define_trials
 from fulgurite.compare.yaml_file import read_yaml
 from fulgurite.errors import ConfigError, FulguriteError
 
-__all__ = ["ConfigWatch"]
+__all__ = ["ConfigFiles", "ConfigWatch"]
 
 Stamps = dict[Path, tuple[int, int]]
 """Time of change [ns] and size [bytes] of files."""
+
+
+class ConfigFiles:
+    """Configuration files and those that they include, and whether they were edited.
+
+    Args:
+        files: The files.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._files = [*files]
+        self.accept()
+
+    def accept(self) -> None:
+        """Take the files as they are now."""
+        self._stamps = self._look()
+
+    def find_changed(self) -> str | None:
+        """Names of the files that were edited, in a text; None where none was."""
+        stamps = self._look()
+        if stamps == self._stamps:
+            return None
+        changed = sorted(path for path in stamps if stamps[path] != self._stamps.get(path))
+        return ", ".join(map(str, changed)) or "a configuration file"
+
+    def _look(self) -> Stamps:
+        stamps: Stamps = {}
+        for file in self._files:
+            for path in _with_included(file, set()):
+                try:
+                    facts = path.stat()
+                except OSError:
+                    continue
+                stamps[path] = (facts.st_mtime_ns, facts.st_size)
+        return stamps
 
 
 class ConfigWatch:
@@ -34,8 +69,7 @@ class ConfigWatch:
         self._runner = runner
         self._digests = [trial.digest for trial in trials]
         names = [plan.config, *(m.config for m in plan.methods.values() if m.config)]
-        self._files = [find_config(name, plan.folder) for name in names]
-        self._stamps = self._look()
+        self._files = ConfigFiles(find_config(name, plan.folder) for name in names)
 
     def check(self) -> None:
         """Check that nothing was changed that matters.
@@ -43,33 +77,20 @@ class ConfigWatch:
         Raises:
             ConfigError: The trials run something else by now.
         """
-        stamps = self._look()
-        if stamps == self._stamps:
+        changed = self._files.find_changed()
+        if changed is None:
             return
-        changed = sorted(path for path in stamps if stamps[path] != self._stamps.get(path))
         try:
             trials = define_trials(self._plan, Resolver(self._runner))
             same = [trial.digest for trial in trials] == self._digests
         except FulguriteError:  # half-way through an edit
             same = False
         if not same:
-            names = ", ".join(map(str, changed)) or "a configuration file"
             raise ConfigError(
-                f"{names} changed while cells ran, so that these were not recorded.",
+                f"{changed} changed while cells ran, so that these were not recorded.",
                 "The same command goes on, with the new configuration.",
             )
-        self._stamps = stamps
-
-    def _look(self) -> Stamps:
-        stamps: Stamps = {}
-        for file in self._files:
-            for path in _with_included(file, set()):
-                try:
-                    facts = path.stat()
-                except OSError:
-                    continue
-                stamps[path] = (facts.st_mtime_ns, facts.st_size)
-        return stamps
+        self._files.accept()
 
 
 def _with_included(file: Path, visited: set[Path]) -> Iterator[Path]:

@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import keyword
 import re
+import shlex
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -93,5 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for file in files:
         print(file)
     root = options.folder / options.name
-    print(f"\ncd {root}\nfulgurite fit --config {options.name}/configs/smoke.yaml")
+    print(
+        f"\ncd {shlex.quote(str(root))}\nfulgurite fit --config {options.name}/configs/smoke.yaml"
+    )
     return 0

@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import OptunaError
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from fulgurite.compare.devices import device_groups, visible_devices
-from fulgurite.compare.identity import RUNNER
+from fulgurite.compare.identity import RUNNER, Resolver
 from fulgurite.compare.pool import WorkerPool, set_variables
+from fulgurite.compare.report import writing
 from fulgurite.compare.worker import Job
 from fulgurite.errors import ConfigError
+from fulgurite.sweep.identity import TrialDefinition, claim_folder, define_point
 from fulgurite.sweep.pruning import ENDED, STORAGE_VARIABLE
 from fulgurite.sweep.report import render, write_best
 from fulgurite.sweep.space import Sweep
+from fulgurite.sweep.storage import (
+    MEMORY,
+    check_kept,
+    hide_password,
+    reaching_storage,
+    sqlite_url,
+)
 from fulgurite.sweep.study import (
     ERROR,
-    MEMORY,
     METRICS,
     RUN_DIR,
     SECONDS,
@@ -34,11 +45,10 @@ from fulgurite.sweep.study import (
     counted_trials,
     enqueue_grid,
     has_queue,
-    hide_password,
     next_point,
     open_study,
 )
-from fulgurite.sweep.sweep_file import read_sweep
+from fulgurite.sweep.sweep_file import MOST_POINTS, read_sweep
 from fulgurite.systems import name_system
 
 __all__ = ["main", "run"]
@@ -77,30 +87,38 @@ def run(
         The study, in which Optuna finds all trials.
 
     Raises:
-        ConfigError: The file, an option or the storage is wrong, or the storage's study is of
-            another sweep.
+        ConfigError: The file, an option or the storage is wrong; the storage's study or the folder
+            is of another sweep; or a configuration or the data changed since earlier trials.
     """
+    for option, text in (("storage", storage), ("out", out), ("name", name)):
+        if text == "":  # such as an unset variable of the shell
+            raise ConfigError(f"--{option} is empty.", "Give a value, or leave it out.")
     for option, value in (("workers", workers), ("trials", trials)):
         if value is not None and value < 1:
             raise ConfigError(f"--{option} is {value}.", "Give 1 or more.")
     sweep = read_sweep(file)
     name = name or _default_name(sweep)
     folder = Path(out or Path("sweep_results") / name).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    url = storage or f"sqlite:///{folder / 'study.db'}"
+    url = storage or sqlite_url(folder / "study.db")
+    check_kept(url)
     limit = _limit(sweep, trials)
-    study = open_study(sweep, url, name, seed)
-    driver = _Driver(sweep, study, folder, limit)
-    with set_variables({STORAGE_VARIABLE: url}), driver.beating():
-        if sweep.method == "grid":
-            enqueue_grid(study, sweep, limit)
-        try:
-            groups = device_groups(visible_devices(_gpu_count()), 1)
-            with WorkerPool(workers, runner, groups) as pool:
-                driver.run(pool)
-        finally:
-            render(study, sweep, folder)
-    write_best(study, sweep, folder)
+    definition = TrialDefinition(sweep, runner)
+    with writing(folder), reaching_storage(url):
+        folder.mkdir(parents=True, exist_ok=True)
+        study = open_study(sweep, url, name, seed)
+        definition.check_study(study, url)
+        claim_folder(study, url, folder)
+        driver = _Driver(sweep, study, folder, limit, definition)
+        with set_variables({STORAGE_VARIABLE: url}), driver.beating():
+            if sweep.method == "grid":
+                enqueue_grid(study, sweep, limit)
+            try:
+                groups = device_groups(visible_devices(_gpu_count()), 1)
+                with WorkerPool(workers, runner, groups) as pool:
+                    driver.run(pool)
+            finally:
+                render(study, sweep, folder)
+        write_best(study, sweep, folder)
     return study
 
 
@@ -112,6 +130,7 @@ class _Driver:
     study: optuna.Study
     folder: Path
     limit: int
+    definition: TrialDefinition
 
     def __post_init__(self) -> None:
         self.running: dict[str, Point] = {}
@@ -124,12 +143,14 @@ class _Driver:
         announced = False
         while True:
             self.repeat_dead_trials()
+            self.definition.check_files()
             while pool.idle and (point := self.begin()):
                 job = self.job(point)
                 self.running[job.id] = point
                 pool.submit(job)
             if self.running:
                 for result in pool.wait():
+                    self.definition.check_files()
                     point = self.running.pop(result.id)
                     self.tell(point, result.metrics, result.error, result.seconds)
                 continue
@@ -186,6 +207,8 @@ class _Driver:
         value = metrics.get(self.sweep.metric) if self.sweep.metric else 0.0
         if value is not None and value != value:
             error = error or f"{self.sweep.metric} is not a number"
+        elif value == (math.inf if self.sweep.maximize else -math.inf):  # else it were the best
+            error = error or f"{self.sweep.metric} is {value}, as after an overflow"
         trial.set_user_attr(SECONDS, round(seconds, 1))
         trial.set_user_attr(METRICS, {k: v for k, v in metrics.items() if v == v})
         ended = self.study.get_trials(deepcopy=False)[trial.number].user_attrs.get(ENDED)
@@ -220,7 +243,8 @@ class _Driver:
 
         def tick() -> None:
             while not over.wait(_BEAT):
-                self.watch.mark([point.trial for point in [*self.running.values()]])
+                with suppress(SQLAlchemyError, OptunaError):  # the next one may reach it again
+                    self.watch.mark([point.trial for point in [*self.running.values()]])
 
         thread = threading.Thread(target=tick, daemon=True)
         thread.start()
@@ -262,6 +286,14 @@ def _limit(sweep: Sweep, trials: int | None) -> int:
         raise ConfigError(
             f"{sweep.path} does not say how many trials to run.", "Give --trials, or run_cap in it."
         )
+    if trials is not None and min(caps) < trials:
+        what = "the whole grid" if sweep.method == "grid" else "run_cap"
+        print(f"note: --trials is {trials}, and {what} of {sweep.path} is {min(caps)}")
+    if sweep.method == "grid" and min(caps) > MOST_POINTS:
+        raise ConfigError(
+            f"{sweep.path} is a grid of {min(caps):,} points, and {MOST_POINTS:,} are the most.",
+            "Give --trials or run_cap, or `method: random`.",
+        )
     return min(caps)
 
 
@@ -284,11 +316,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", help="folder of results (default: sweep_results/SYSTEM-FILE)")
     parser.add_argument("--name", help="name of the study in the storage")
     parser.add_argument("--seed", type=int, default=0, help="seed of random and bayes")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands of ten points")
+    parser.add_argument("--dry-run", action="store_true", help="check and print ten points")
+    parser.add_argument("--runner", default=RUNNER, help=argparse.SUPPRESS)
     options: dict[str, Any] = vars(parser.parse_args(argv))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if options.pop("dry_run"):
-        return _print_commands(read_sweep(options["file"]), options["seed"])
+        return _print_commands(read_sweep(options["file"]), options["seed"], options["runner"])
     study = run(options.pop("file"), **options)
     url = options["storage"]
     failed = [t for t in study.get_trials(deepcopy=False) if t.user_attrs.get(ERROR)]
@@ -299,14 +332,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _print_commands(sweep: Sweep, seed: int) -> int:
-    """The first commands of a sweep, from a study in memory."""
+def _print_commands(sweep: Sweep, seed: int, runner: str) -> int:
+    """The first commands of a sweep, from a study in memory; their options are checked."""
     study = open_study(sweep, MEMORY, "dry run", seed)
+    resolver = Resolver(runner)
     limit = min(10, sweep.grid_size) if sweep.method == "grid" else 10
     if sweep.method == "grid":
         enqueue_grid(study, sweep, limit)
     for _ in range(limit):
         point = next_point(study, sweep, limit)
         assert point is not None
+        define_point(sweep, point.values, resolver)
         print(shlex.join(["fulgurite", *sweep.command, *sweep.options(point.values)]))
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shlex
 import warnings
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def write_best(study: optuna.Study, sweep: Sweep, folder: Path) -> None:
     path = folder / "best.yaml"
     write_text(path, yaml.safe_dump(content, sort_keys=False))
     print(f"Best: trial {best.number}, {sweep.metric} {best.value:.5g}")
-    print(f"fulgurite fit --config {path}")
+    print(shlex.join(["fulgurite", "fit", "--config", str(path)]))
 
 
 def _best(study: optuna.Study, sweep: Sweep) -> FrozenTrial | None:

@@ -119,14 +119,22 @@ class Distribution:
         return (0.0, 1.0) if self.name == "beta" else (-math.inf, math.inf)
 
     @property
-    def grid(self) -> list[float | int] | None:
-        """All values where they are finitely many, as W&B's grid takes them; else None."""
+    def grid_size(self) -> int:
+        """How many values a grid has, as W&B's takes them; 0 where they are not finitely many."""
         if self.name == "int_uniform":
-            return list(range(int(self.first), int(self.second) + 1))
+            return int(self.second) - int(self.first) + 1
         if self.name == "uniform" and self.step is not None:
-            count = math.ceil((self.second - self.first) / self.step - 1e-9)
-            return [_as_step(self.first + i * self.step, self.step) for i in range(count)]
-        return None
+            return math.ceil((self.second - self.first) / self.step - 1e-9)
+        return 0
+
+    @property
+    def grid(self) -> list[float | int] | None:
+        """All values where they are finitely many; else None."""
+        if not self.grid_size:
+            return None
+        step = 1 if self.step is None else self.step
+        first = int(self.first) if self.name == "int_uniform" else self.first
+        return [_as_step(first + i * step, step) for i in range(self.grid_size)]
 
 
 def _round_to(value: float, step: float, bounds: tuple[float, float]) -> float | int:
@@ -224,10 +232,23 @@ class Sweep:
                 values[name] = parameter.grid or []
         return values
 
+    @property
+    def first_point(self) -> dict[str, Value]:
+        """A value for each parameter that is not constant: the first, or the median."""
+        point: dict[str, Value] = {}
+        for name, parameter in self.parameters.items():
+            if isinstance(parameter, Categorical):
+                point[name] = parameter.values[0]
+            elif isinstance(parameter, Distribution):
+                grid = parameter.grid if self.method == "grid" else None
+                point[name] = grid[0] if grid else parameter.value_at(0.5)
+        return point
+
     def options(self, point: Mapping[str, Value]) -> list[str]:
         """The options of a run, in the order and the spelling in which W&B's agent writes them.
 
-        Nothing is ``null``: the agent's ``None`` is a word to options that take one.
+        Nothing is ``null``, also within lists and mappings: the agent's ``None`` is a word to
+        options that take one.
 
         Args:
             point: A value for each parameter that is not constant.
@@ -236,4 +257,15 @@ class Sweep:
             name: parameter.value if isinstance(parameter, Constant) else point[name]
             for name, parameter in self.parameters.items()
         }
-        return [f"--{n}={'null' if value is None else value}" for n, value in values.items()]
+        return [f"--{name}={_spell(value)}" for name, value in values.items()]
+
+
+def _spell(value: Value) -> str:
+    """A value as an option has it.
+
+    >>> [_spell(value) for value in (None, True, 0.5, "a", [None, True, "a"], {"b": None})]
+    ['null', 'True', '0.5', 'a', '[null, true, "a"]', '{"b": null}']
+    """
+    if value is None or isinstance(value, list | dict):
+        return json.dumps(value, ensure_ascii=False)
+    return str(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import socket
@@ -22,16 +21,14 @@ from optuna.distributions import (
     IntDistribution,
 )
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import make_url
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from fulgurite.errors import ConfigError
 from fulgurite.sweep.pruning import BandPruner
 from fulgurite.sweep.space import Categorical, Constant, Distribution, EarlyTerminate, Sweep
+from fulgurite.sweep.storage import hide_password, open_storage
 
 __all__ = [
     "ERROR",
-    "MEMORY",
     "METRICS",
     "RUN_DIR",
     "SECONDS",
@@ -44,7 +41,6 @@ __all__ = [
     "distribution_of_values",
     "enqueue_grid",
     "has_queue",
-    "hide_password",
     "load_study",
     "next_point",
     "open_study",
@@ -53,11 +49,7 @@ __all__ = [
 ERROR, METRICS, RUN_DIR, SECONDS, VALUES = "error", "metrics", "run_dir", "seconds", "values"
 """Attributes of a trial."""
 
-MEMORY = "memory"
-"""Address of a study that ends with its process."""
-
 _ALIVE, _OWNER = "alive", "owner"
-_ATTEMPTS = 20  # of half a second
 
 _CONTENT, _RULE = "sweep", "early_terminate"  # attributes of a study
 
@@ -86,7 +78,7 @@ def load_study(url: str, name: str) -> optuna.Study:
         ConfigError: The storage cannot be reached, or has no such study.
     """
     try:
-        study = optuna.load_study(study_name=name, storage=_storage(url))
+        study = optuna.load_study(study_name=name, storage=open_storage(url))
     except KeyError as error:
         raise ConfigError(
             f"The storage {hide_password(url)} has no study {name}.", "Name another --storage."
@@ -110,7 +102,7 @@ def open_study(sweep: Sweep, url: str, name: str, seed: int) -> optuna.Study:
     """
     study = optuna.create_study(
         study_name=name,
-        storage=_storage(url),
+        storage=open_storage(url),
         sampler=SeededSampler(sweep.method, seed),
         pruner=BandPruner(sweep.early_terminate)
         if sweep.early_terminate
@@ -146,46 +138,6 @@ def _first_difference(recorded: str, content: str) -> str:
         return f"seed {seed_before}, not {seed_now}"
     old, new = json.loads(before), json.loads(now)
     return next((f"{key} differs" for key in new if old.get(key) != new[key]), "another version")
-
-
-def _storage(url: str) -> optuna.storages.BaseStorage:
-    if url == MEMORY:
-        return optuna.storages.InMemoryStorage()
-    # a writer waits for another one, and a connection that the server closed is opened anew
-    sqlite = {"connect_args": {"timeout": 60}}
-    arguments = sqlite if url.startswith("sqlite") else {"pool_pre_ping": True}
-    try:
-        for attempt in itertools.count():
-            try:
-                return optuna.storages.RDBStorage(url, engine_kwargs=arguments)
-            except (SQLAlchemyError, optuna.exceptions.OptunaError) as error:
-                # another machine makes the tables at this moment
-                is_race = isinstance(error, IntegrityError) or "already exists" in str(error)
-                if not is_race or attempt == _ATTEMPTS:
-                    raise
-                time.sleep(0.5)
-    except ImportError as error:
-        raise ConfigError(
-            f"The storage {hide_password(url)} needs a driver that is not here ({error}).",
-            "pip install 'fulgurite[sweeps]', and write the address as postgresql+psycopg://….",
-        ) from error
-    except (SQLAlchemyError, ValueError) as error:
-        lines = str(getattr(error, "orig", None) or error).strip().splitlines()
-        raise ConfigError(
-            f"The storage {hide_password(url)} cannot be used ({lines[0] if lines else error}).",
-            "Give --storage such as sqlite:///study.db or "
-            "postgresql+psycopg://USER:PASSWORD@HOST/DATABASE, with the server running.",
-        ) from error
-    raise AssertionError("unreachable")
-
-
-def hide_password(url: str) -> str:
-    """An address to be printed."""
-    try:
-        return make_url(url).render_as_string(hide_password=True)
-    except SQLAlchemyError:
-        scheme, separator, _ = url.partition("://")
-        return f"{scheme}://…" if separator else "that is given"
 
 
 class SeededSampler(optuna.samplers.BaseSampler):

@@ -23,10 +23,14 @@ from fulgurite.sweep.space import (
 )
 from fulgurite.systems import check_kind, read_keys, resolve_config
 
-__all__ = ["read_sweep"]
+__all__ = ["MOST_POINTS", "read_sweep"]
 
 _IGNORED = ("name", "description", "project", "entity", "kind", "apiVersion", "program")
 _KEYS = (*_IGNORED, "method", "metric", "command", "parameters", "run_cap", "early_terminate")
+_FOLDER_OPTIONS = ("run", "run.dir", "run.root", "run.new")
+MOST_POINTS = 100_000
+"""Largest number of points of a grid: each is a row of the study before the first trial runs."""
+
 _RANGES = (
     "uniform",
     "int_uniform",
@@ -113,6 +117,8 @@ class _SweepReader:
             parameters[option] = parameter
         if not parameters:
             raise self.refuse("there are no parameters.", "Give `parameters`.")
+        command = self.read_command(raw.get("command"))
+        self.check_run_folder(parameters, command)
         metric, maximize, target = self.read_metric(raw.get("metric"))
         early = raw.get("early_terminate")
         if metric is None and (method == "bayes" or early is not None):
@@ -127,7 +133,7 @@ class _SweepReader:
             metric=metric,
             maximize=maximize,
             target=target,
-            command=self.read_command(raw.get("command")),
+            command=command,
             parameters=parameters,
             run_cap=None if run_cap is None else self.check_count("run_cap", run_cap),
             early_terminate=None if early is None else self.read_early_terminate(early),
@@ -155,6 +161,16 @@ class _SweepReader:
         if words[:1] != ["fit"] or any("${" in word for word in words):
             raise self.refuse(f"the command is {raw}.", hint)
         return tuple(words)
+
+    def check_run_folder(self, parameters: Mapping[str, Parameter], command: Sequence[str]) -> None:
+        """Refuse what the folder of each trial would be laid over."""
+        words = [word.partition("=")[0].removeprefix("--") for word in command if word[:2] == "--"]
+        for name in (*parameters, *words):
+            if name in _FOLDER_OPTIONS:
+                raise self.refuse(
+                    f"{name} is set, and each trial has a folder of its own.",
+                    "Leave it out; --out names the folder of all trials.",
+                )
 
     def read_parameters(self, raw: Any, prefix: str) -> Iterator[tuple[str, Parameter]]:
         if not isinstance(raw, dict):
@@ -261,7 +277,13 @@ class _SweepReader:
                     f"{key} has probabilities, which a grid cannot honour.",
                     "Leave them out, or give `method: random`.",
                 )
-            if isinstance(parameter, Distribution) and not parameter.grid:
+            if isinstance(parameter, Distribution) and parameter.grid_size > MOST_POINTS:
+                raise self.refuse(
+                    f"{key} has {parameter.grid_size:,} values, and a grid has {MOST_POINTS:,} "
+                    "points at most.",
+                    "Give fewer, or `method: random`.",
+                )
+            if isinstance(parameter, Distribution) and not parameter.grid_size:
                 raise self.refuse(
                     f"{key} has no finite list of values for a grid.",
                     "Give `values`, or `method: random`.",
