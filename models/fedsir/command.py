@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import json
+import keyword
 import re
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -15,7 +18,6 @@ from fulgurite.errors import ConfigError
 from fulgurite.extras import optional_import
 from fulgurite.io import atomic_write
 from fulgurite.loading import load
-from fulgurite.models.fedsir.module import FederatedClassifier
 
 __all__ = ["main", "write_app"]
 
@@ -27,7 +29,7 @@ build-backend = "hatchling.build"
 [project]
 name = "{name}"
 version = "1.0.0"
-description = "Federation of {config}"
+description = {description}
 license = "Apache-2.0"
 dependencies = ["fulgurite[flower]=={version}"]
 
@@ -35,7 +37,7 @@ dependencies = ["fulgurite[flower]=={version}"]
 packages = ["."]
 
 [tool.flwr.app]
-publisher = "{publisher}"
+publisher = {publisher}
 
 [tool.flwr.app.components]
 serverapp = "{package}.server_app:app"
@@ -73,20 +75,17 @@ def write_app(
         publisher: Name of the publisher in Flower's sense.
 
     Raises:
-        ConfigError: The folder is there already, the configuration is no federation, or it needs
-            what no federation over a network has.
+        ConfigError: The folder is there already or cannot name a package, the configuration is no
+            federation, or it needs what no federation over a network has.
         MissingExtraError: Flower is not installed.
     """
     optional_import("flwr", "flower", "`fulgurite federate`")
+    from fulgurite.models.fedsir.flower.checks import check_federation
     from fulgurite.models.fedsir.flower.server import RUN_CONFIG
 
     if folder.exists():
         raise ConfigError(f"{folder} is there already.", "Give another folder by --out.")
-    package = re.sub(r"\W+", "_", folder.name).lower()
-    if not package.isidentifier():
-        raise ConfigError(
-            f"{folder.name!r} cannot be the name of an app.", "Begin the folder's name by a letter."
-        )
+    package = _name_package(folder)
     options = dict(overrides or {})
     loaded = load(
         config,
@@ -94,7 +93,7 @@ def write_app(
         data=options.get("data"),
         trainer=options.get("trainer"),
     )
-    _check(loaded.model, loaded.config)
+    check_federation(loaded.model, loaded.data, loaded.config)
     lines = [
         f'{name} = "{value}"' if isinstance(value, str) else f"{name} = {value}"
         for name, value in RUN_CONFIG.items()
@@ -103,9 +102,9 @@ def write_app(
         "pyproject.toml": _PYPROJECT.format(
             name=package.replace("_", "-"),
             package=package,
-            config=config,
+            description=_quote(f"Federation of {config}"),
             version=metadata.version("fulgurite"),
-            publisher=publisher,
+            publisher=_quote(publisher),
             options="\n".join(lines),
         ),
         f"{package}/__init__.py": "",
@@ -120,29 +119,30 @@ def write_app(
             file.write_text(content, encoding="utf-8")
 
 
-def _check(model: Any, config: Mapping[str, Any]) -> None:
-    """Refuse what a federation over a network cannot do.
+def _name_package(folder: Path) -> str:
+    """Return the name of an app's package, after its folder.
 
     Raises:
-        ConfigError: The configuration asks for it.
+        ConfigError: No package can be called so, or a module of this name is installed.
     """
-    if not isinstance(model, FederatedClassifier):
+    package = re.sub(r"\W+", "_", folder.name).lower()
+    if not package.isidentifier() or keyword.iskeyword(package):
         raise ConfigError(
-            f"The configuration trains a {type(model).__name__}, which is not federated.",
-            "Use a configuration of fedsir, such as fedsir/digits.yaml.",
+            f"{folder.name!r} cannot be the name of an app.",
+            "Begin the folder's name by a letter, and take no word of Python.",
         )
-    precision = config["trainer"].get("precision")
-    if str(precision) not in ("None", "32", "32-true"):
+    spec = importlib.util.find_spec(package)
+    if spec is not None and spec.origin is not None:  # else it is a folder beside this one
         raise ConfigError(
-            f"trainer.precision is {precision}, and the clients of a federation train in 32 bits.",
-            "Set --trainer.precision=32-true.",
+            f"There is a module {package!r} already, which the app's package would hide.",
+            "Give the folder another name.",
         )
-    if model.local.vectorize not in (0, 1):
-        raise ConfigError(
-            f"model.init_args.local.vectorize is {model.local.vectorize}, and each client of a "
-            "federation trains alone.",
-            "Set --model.local.vectorize=0.",
-        )
+    return package
+
+
+def _quote(text: str) -> str:
+    """Return a string as TOML writes it."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -167,8 +167,10 @@ def main(argv: Sequence[str]) -> int:
     app.add_argument("--out", help="the new folder; default: ./NAME of the configuration")
     app.add_argument("--publisher", default="fulgurite", help="in Flower's sense")
     arguments, rest = parser.parse_known_args(list(argv))
+    if arguments.out == "":
+        raise ConfigError("--out is empty.", "Name the new folder, or leave --out out.")
     name = Path(arguments.config).with_suffix("").as_posix().replace("/", "_")
-    folder = Path(arguments.out or f"federation_{name}")
+    folder = Path(arguments.out or re.sub(r"\W+", "_", f"federation_{name}"))
     write_app(
         arguments.config, folder, overrides=_group_options(rest), publisher=arguments.publisher
     )

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import tomllib
 from contextlib import nullcontext
 
 import pytest
@@ -39,7 +40,7 @@ from fulgurite.models.fedsir.federation import (
 )
 from fulgurite.models.fedsir.federation.states import FlatState
 from fulgurite.models.fedsir.flower import make_client_app
-from fulgurite.models.fedsir.flower.client import NodeOptions, load_app
+from fulgurite.models.fedsir.flower.client import NodeOptions, describe_client, load_app
 from fulgurite.models.fedsir.flower.client_state import (
     ClientState,
     Snapshot,
@@ -312,6 +313,7 @@ def test_own_data_need_a_normalisation_in_common(app, grid, tmp_path, workdir):
         ({"partition-id": 0, "part": 1}, "unknown key 'part'"),
         ({"data": "x"}, "is no name of a client"),
         ({"data": "x", "client": "../x"}, "is no name of a client"),
+        ({"data": "x", "client": "x" * 300}, "is no name of a client"),
     ],
 )
 def test_a_node_says_what_it_has(config, words):
@@ -341,6 +343,8 @@ def test_the_server_fits_and_tests_and_knows_its_clients_again(app, grid, tmp_pa
         ({"rounds": 3}, "unknown option 'rounds'"),
         ({"clients": -1}, "clients is -1"),
         ({"min-clients": "two"}, "min-clients is 'two'"),
+        ({"start-timeout": float("nan")}, "start-timeout is nan"),
+        ({"min-clients": 4}, "min-clients is 4, and the server waits for 3"),
     ],
 )
 def test_options_of_the_app_are_checked(app, grid, options, words):
@@ -455,6 +459,39 @@ def test_a_client_ahead_of_its_server_says_so():
         ClientState(round=3, session=1).enter(1, 2)
 
 
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"device": "meta"}, "cannot train on the device 'meta'"),
+        ({"device": "none"}, "cannot train on the device 'none'"),
+        ({"state": "/proc/fulgurite"}, "`state`, /proc/fulgurite, cannot be written"),
+        ({"num-partitions": 5}, "num-partitions is 5, and the configuration has 3"),
+    ],
+)
+def test_a_node_that_could_not_answer_does_not_join(app, config, words):
+    context = make_context({"partition-id": 0, **config})
+    assert words in describe_client(context, app)["error"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("source: {a: 1}\nsource: {a: 2}", "own.yaml, line 2: this gives the key"),
+        ("a: \xe9".encode("latin-1"), "no text in UTF-8"),
+        ("source: {a: 1}\nevaluation: {batch_size: 7}", "sets 'evaluation'"),
+        ("source: {a: 1}\nimages.mean: [0.5]", "sets 'images.mean'"),
+        ("1: 2", "has no options"),
+    ],
+)
+def test_options_of_a_nodes_own_data_are_its_own(app, tmp_path, text, words):
+    file = tmp_path / "own.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    context = make_context({"client": "own", "data": str(file)})
+    error = describe_client(context, app)["error"]
+    assert words in error
+    assert "holds a value that cannot be read" not in error
+
+
 # --- the app -------------------------------------------------------------------------------------
 
 
@@ -469,6 +506,29 @@ def test_an_app_is_written_by_the_command_line(tmp_path, workdir, capsys):
     assert "small is there already" in capsys.readouterr().err
 
 
+def test_an_app_is_toml_whatever_its_publisher_is_called(tmp_path, app):
+    config = tmp_path / 'a "b".yaml'
+    config.write_text((app / "config.yaml").read_text())
+    write_app(str(config), tmp_path / "quoted", publisher='"x" \\ ü')
+    described = tomllib.loads((tmp_path / "quoted" / "pyproject.toml").read_text())
+    assert described["tool"]["flwr"]["app"]["publisher"] == '"x" \\ ü'
+    assert described["project"]["description"] == f"Federation of {config}"
+
+
+@pytest.mark.parametrize(("name", "words"), [("class", "word of Python"), ("Json", "would hide")])
+def test_an_app_has_a_name_that_can_be_imported(tmp_path, name, words):
+    with pytest.raises(ConfigError, match=words):
+        write_app("fedsir/smoke.yaml", tmp_path / name)
+
+
+def test_what_no_federation_can_do_is_refused_after_an_edit_too(app, grid, tmp_path):
+    config = yaml.safe_load((app / "config.yaml").read_text())
+    config["trainer"]["precision"] = "bf16-mixed"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ConfigError, match="train in 32 bits"):
+        run_server(grid, make_context(), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("config", "options", "words"),
     [
@@ -480,6 +540,12 @@ def test_an_app_is_written_by_the_command_line(tmp_path, workdir, capsys):
             marks=pytest.mark.slow,
         ),
         ("fedsir/smoke.yaml", ["--rounds=3"], "has no option --rounds=3"),
+        pytest.param(
+            "fedsir/smoke.yaml",
+            ["--trainer.devices=2", "--trainer.strategy=federated"],
+            "devices is 2",
+            marks=pytest.mark.slow,
+        ),
         pytest.param("fedsir/smoke.yaml", ["--data.clints=3"], "clints", marks=pytest.mark.slow),
         ("cs_arm_bn/smoke.yaml", [], "is not federated"),
     ],

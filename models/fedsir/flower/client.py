@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import tempfile
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -14,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from flwr.app import Context, Message
 from torch import Tensor
 
+from fulgurite.compare.yaml_file import read_yaml
 from fulgurite.errors import ConfigError, FulguriteError
+from fulgurite.foreign import describe_error
 from fulgurite.loading import LoadedConfig, load
 from fulgurite.models.fedsir.federation import Federation, Reply, Request, VisibleData
 from fulgurite.models.fedsir.flower.client_state import (
@@ -40,6 +42,7 @@ from fulgurite.models.fedsir.module import FederatedClassifier
 __all__ = ["NodeOptions", "answer_message", "describe_client", "load_app"]
 
 _CONFIG = "config.yaml"
+_LONGEST_NAME = 100  # of a client, which a file is called after [bytes]
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class NodeOptions:
         data: A YAML file with options of the data module, for data of its own.
         state: Folder in which the client keeps its labels between messages.
         device: Where it trains.
+        partitions: Number of parts as Flower's simulation counts them; that of the configuration.
     """
 
     name: str
@@ -59,6 +63,7 @@ class NodeOptions:
     data: str | None = None
     state: Path = Path("~/.flwr/fulgurite")
     device: str = "cpu"
+    partitions: int | None = None
 
     @staticmethod
     def read(config: Mapping[str, Any]) -> NodeOptions:
@@ -82,15 +87,24 @@ class NodeOptions:
         if partition is not None and type(partition) is not int:
             raise ConfigError(f"partition-id is {partition!r}.", "Give a number from 0.")
         name = config.get("client", None if partition is None else str(partition))
-        if name is None or not str(name).replace("-", "").replace("_", "").isalnum():
+        plain = str(name).replace("-", "").replace("_", "")
+        if name is None or not plain.isalnum() or len(str(name).encode()) > _LONGEST_NAME:
             raise ConfigError(
                 f"{name!r} is no name of a client.",
-                "Give --node-config 'client=\"a-name\"' of letters, digits, - and _.",
+                f"Give --node-config 'client=\"a-name\"' of letters, digits, - and _, of at most "
+                f"{_LONGEST_NAME} bytes.",
             )
         home = Path(os.environ.get("FLWR_HOME", "~/.flwr"))
         state = Path(str(config.get("state", home / "fulgurite"))).expanduser()
         device = str(config.get("device", "cpu"))
-        return NodeOptions(str(name), partition, None if data is None else str(data), state, device)
+        return NodeOptions(
+            str(name),
+            partition,
+            None if data is None else str(data),
+            state=state,
+            device=device,
+            partitions=config.get("num-partitions") if data is None else None,
+        )
 
 
 class OneClient(VisibleData):
@@ -145,20 +159,15 @@ def _read_own_data(path: str) -> dict[str, Any]:
     Raises:
         ConfigError: The file is missing, or is no mapping of options.
     """
-    try:
-        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"The file {path} of the node's `data` cannot be read ({error}).",
-            "Give a YAML file of options of the data module, such as `source: …`.",
-        ) from error
-    if not isinstance(content, dict) or not content:
+    content = read_yaml(Path(path).expanduser())
+    if not isinstance(content, dict) or not all(isinstance(k, str) for k in content) or not content:
         raise ConfigError(
             f"The file {path} of the node's `data` has no options.",
             "Give a YAML file of options of the data module, such as `source: …`.",
         )
     fixed = {"clients": 1, "partition": {"class_path": "fulgurite.datamodules.fedsir.Iid"}}
-    if taken := sorted(set(content) & {*fixed, "images"}):
+    common = {*fixed, "images", "evaluation", "init_args", "class_path"}
+    if taken := sorted(key for key in content if key.partition(".")[0] in common):
         raise ConfigError(
             f"{path} sets {taken[0]!r}, which all nodes have in common.",
             "Leave it out: all training images of the file are this client's.",
@@ -180,6 +189,7 @@ def describe_client(context: Context, folder: Path) -> dict[str, Any]:
         options = NodeOptions.read(context.node_config)
         _, data = load_app(folder, options.data)
         part = _check_partition(options, data.num_clients)
+        _check_node(options)
         return {
             "name": options.name,
             "samples": len(data.client_index(part)),
@@ -193,6 +203,30 @@ def describe_client(context: Context, folder: Path) -> dict[str, Any]:
         return {"name": str(name), "error": str(error)}
 
 
+def _check_node(options: NodeOptions) -> None:
+    """Refuse a device or folder that would fail at the first message.
+
+    Raises:
+        ConfigError: There is no such device here, or the folder cannot be written.
+    """
+    try:
+        torch.zeros(1, device=options.device).item()
+    except Exception as error:  # torch raises RuntimeError, AssertionError and others
+        raise ConfigError(
+            f"The node cannot train on the device {options.device!r} ({describe_error(error)}).",
+            "Give --node-config 'device=\"cpu\"', or a device of this machine.",
+        ) from error
+    try:
+        options.state.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=options.state):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"The node's folder `state`, {options.state}, cannot be written ({error.strerror}).",
+            "Give --node-config 'state=\"FOLDER\"', one that the node may write into.",
+        ) from error
+
+
 def _check_partition(options: NodeOptions, parts: int) -> int:
     if options.partition is None:
         return 0
@@ -200,6 +234,11 @@ def _check_partition(options: NodeOptions, parts: int) -> int:
         raise ConfigError(
             f"partition-id is {options.partition}, and the configuration has {parts} clients.",
             f"Give a number from 0 to {parts - 1}, or an app with more data.init_args.clients.",
+        )
+    if options.partitions not in (None, parts):
+        raise ConfigError(
+            f"num-partitions is {options.partitions}, and the configuration has {parts} clients.",
+            f"Leave it out, or write the app with --data.clients={options.partitions}.",
         )
     return options.partition
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import tempfile
 import uuid
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from fulgurite.errors import ConfigError, RunError
 from fulgurite.io import write_text
 from fulgurite.loading import load
 from fulgurite.models.fedsir.federation import connect_clients
+from fulgurite.models.fedsir.flower.checks import check_federation
 from fulgurite.models.fedsir.flower.link import ClientFacts, GridClients, LinkOptions
 
 __all__ = ["RUN_CONFIG", "RunRecord", "run_server"]
@@ -105,8 +107,14 @@ def run_server(grid: Grid, context: Context, folder: Path) -> None:
 
 
 def _write_server_config(source: Path, target: Path) -> None:
-    """Write the app's configuration with the server's data in place of the clients'."""
-    config = yaml.safe_load(source.read_text(encoding="utf-8"))
+    """Write the app's configuration with the server's data in place of the clients'.
+
+    Raises:
+        ConfigError: It has been edited since the app was written, into no federation.
+    """
+    loaded = load(str(source))
+    check_federation(loaded.model, loaded.data, loaded.config)
+    config = dict(loaded.config)
     config["data"]["class_path"] = _DATA
     target.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
@@ -121,11 +129,18 @@ def _gather_clients(
     data.setup("fit")
     record = RunRecord.read(run_dir)
     record.session += 1
+    expected = len(record.clients) or int(options["clients"]) or int(data.num_clients)
+    if int(options["min-clients"]) > expected:
+        raise ConfigError(
+            f"min-clients is {options['min-clients']}, and the server waits for {expected} "
+            "clients.",
+            "Give a smaller number, or set `clients`.",
+        )
     clients = GridClients(
         grid,
         ClientFacts(tuple(data.class_names), int(data.in_channels), tuple(data.image_size)),
         LinkOptions(
-            clients=int(options["clients"]) or int(data.num_clients),
+            clients=expected,
             min_clients=int(options["min-clients"]),
             start_timeout=float(options["start-timeout"]),
             round_timeout=float(options["round-timeout"]),
@@ -171,7 +186,7 @@ def _read_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """Check the run's options.
 
     Raises:
-        ConfigError: One is unknown, of the wrong type or negative.
+        ConfigError: One is unknown, of the wrong type, negative or not finite.
     """
     if unknown := sorted(set(config) - set(RUN_CONFIG)):
         raise ConfigError(
@@ -184,6 +199,6 @@ def _read_options(config: Mapping[str, Any]) -> dict[str, Any]:
         kinds = (int, float) if isinstance(default, float) else (type(default),)
         if isinstance(value, bool) or not isinstance(value, kinds):
             raise ConfigError(f"{name} is {value!r}.", f"Give a {type(default).__name__}.")
-        if not isinstance(value, str) and value < 0:
+        if not isinstance(value, str) and not 0 <= value < math.inf:
             raise ConfigError(f"{name} is {value!r}.", "Give a number that is not negative.")
     return options

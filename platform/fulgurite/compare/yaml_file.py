@@ -61,6 +61,8 @@ def read_yaml(path: Path) -> Any:
         raise ConfigError(f"{path} is not YAML{line}: {problem}.") from error
     except RecursionError as error:
         raise ConfigError(f"{path} is nested too deeply.", "Write it flatter.") from error
+    except ConfigError:  # which is a ValueError, too
+        raise
     except ValueError as error:  # such as an integer of ten thousand digits
         raise ConfigError(f"{path} holds a value that cannot be read: {error}.") from error
 
