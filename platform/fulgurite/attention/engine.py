@@ -20,6 +20,7 @@ from fulgurite.attention.calls import AttentionCall, normalize_call
 from fulgurite.attention.execution_plan import ExecutionPlan
 from fulgurite.attention.kernel_choice import kernel_for, kernel_names
 from fulgurite.attention.kernels import accumulator_dtype
+from fulgurite.attention.machine_costs import GPU_COSTS, MachineCosts
 from fulgurite.attention.masks import Masking, is_causal_bias
 from fulgurite.attention.planning import make_plan
 from fulgurite.attention.request import Placement, PlanRequest
@@ -199,7 +200,9 @@ def _on_machine(
 ) -> PlanRequest:
     """Add the kernels of the machine and, where there is something to choose, its costs.
 
-    Ranks plan by the costs that the first of them measured.
+    Ranks plan by the costs that the first of them measured. Measured times scatter, so that a
+    process may cut a call elsewhere than the one before, and round differently: deterministic
+    algorithms plan by fixed costs.
     """
     kernels = kernel_names(
         device, spec.dtype, max(spec.head_dim, spec.value_dim), prefer=options.kernel,
@@ -207,6 +210,9 @@ def _on_machine(
     )  # fmt: skip
     if options.memory_budget is None:
         return replace(request, kernels=kernels)
+    if torch.are_deterministic_algorithms_enabled():
+        costs = GPU_COSTS if device.type == "cuda" else MachineCosts()
+        return replace(request, kernels=kernels, costs=costs)
     measure = agreed_costs if request.ranks > 1 else measured_costs
     costs = measure(device, spec.dtype, max(1, spec.head_dim))
     return replace(request, kernels=kernels, costs=costs)

@@ -1,10 +1,12 @@
 """Plans for GPUs, made without one: their costs, their kernels' memory, what is free on them."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 
-from fulgurite.attention import backend, calibration, stream_attention
+from fulgurite.attention import backend, calibration, engine, plan, stream_attention
 from fulgurite.attention.budget import parse_budget
 from fulgurite.attention.checks import with_index
 from fulgurite.attention.device_memory import device_memory
@@ -332,3 +334,17 @@ def test_gpus_mask_larger_tiles_where_the_budget_allows_it():
     ]
     assert sides == [2048, 1024, 512, 256]
     assert make_plan(spec, PlanRequest(2**26)).masked_side is None
+
+
+def test_deterministic_algorithms_plan_by_fixed_costs(monkeypatch):
+    """Measured times scatter: the next process would cut and round differently."""
+    slow = MachineCosts(flops=1e8, call=1e-7)
+    monkeypatch.setattr(engine, "measured_costs", lambda *_: slow)
+    query = torch.zeros(1, 2, 256, 8)
+    call = functools.partial(plan, query, query, query, memory_budget="64KiB")
+    assert call().request.costs == slow
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert call().request.costs == MachineCosts()
+    finally:
+        torch.use_deterministic_algorithms(False)
