@@ -10,7 +10,7 @@ ALL = (
     "stream_attention", "stream_files", "plates",
     "number_probing_probe", "number_probing_power", "number_probing_backbones", "ice_layers_step",
     "ice_layers_inference", "ice_layers_sred", "stream_transformers", "startup",
-    "scaling_predictions", "compare_engines",
+    "scaling_predictions", "compare_engines", "sweep_storages",
 )  # fmt: skip
 GPU = ("gpu",)  # only by name
 

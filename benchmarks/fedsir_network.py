@@ -16,7 +16,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-from benchmarks.harness import machine, ratios, report, spread
+from benchmarks.harness import ratios, report, spread
 from fulgurite.testing.survival import find_free_port
 
 CLIENTS, ROUNDS = 3, 6
@@ -103,7 +103,7 @@ def main() -> None:
     ]
     notes = (
         "Flower starts a process for each message, whose imports and configuration are nearly all "
-        f"of the time. {machine()}"
+        "of the time."
     )
     raw = {"simulation": simulation_times, "network": network_times}
     report("fedsir_network", "A round over a network", notes, rows, raw=raw)

@@ -5,11 +5,8 @@ import csv
 import json
 import math
 import os
-import shutil
 import signal
 import sqlite3
-import subprocess
-import tempfile
 import time
 from pathlib import Path
 
@@ -33,7 +30,8 @@ from fulgurite.sweep.reporter import TrialReporter
 from fulgurite.sweep.space import Categorical, Distribution, EarlyTerminate
 from fulgurite.sweep.storage import MEMORY, hide_password
 from fulgurite.sweep.study import TrialWatch, next_point, open_study
-from fulgurite.testing.survival import find_free_port, start_call
+from fulgurite.testing.postgresql import find_initdb, run_postgresql
+from fulgurite.testing.survival import start_call
 
 RUNNER = """
 import json, os, pathlib, sys, time
@@ -724,31 +722,10 @@ def test_the_command_line(folder, capsys):
 @pytest.fixture
 def postgres():
     """A server of its own on a free port; skipped where PostgreSQL is not installed."""
-    binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    initdb = shutil.which("initdb") or (str(binaries[-1]) if binaries else None)
-    if initdb is None:
+    if find_initdb() is None:
         pytest.skip("PostgreSQL is not installed")
-    pg_ctl = str(Path(initdb).with_name("pg_ctl"))
-    # not under pytest's folder, which is closed to the user that the server runs as
-    home = Path(tempfile.mkdtemp(prefix="postgres-"))
-    prefix = []
-    if os.getuid() == 0:  # the server refuses to run as root
-        shutil.chown(home, "nobody")
-        prefix = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups"]
-    port = find_free_port()
-
-    def call(*command):
-        subprocess.run([*prefix, *command], check=True, capture_output=True, cwd=home, timeout=120)
-
-    data = str(home / "data")
-    call(initdb, "-D", data, "-U", "tester", "-A", "trust", "--no-sync")
-    options = f"-p {port} -k {home} -c listen_addresses=127.0.0.1 -c fsync=off"
-    call(pg_ctl, "-D", data, "-o", options, "-l", str(home / "log"), "-w", "start")
-    try:
-        yield f"postgresql+psycopg://tester:secret@127.0.0.1:{port}/postgres"
-    finally:
-        call(pg_ctl, "-D", data, "-m", "immediate", "stop")
-        shutil.rmtree(home)
+    with run_postgresql() as address:
+        yield address
 
 
 @pytest.mark.slow  # two drivers of one SQLite file, above, are not
