@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import pkgutil
 import sys
 from collections.abc import Callable
@@ -91,7 +92,7 @@ def system_command(name: str) -> Callable[[list[str]], int] | None:
             if command.name == name:
                 try:
                     function: Callable[[list[str]], int] = pkgutil.resolve_name(command.main)
-                except (ImportError, AttributeError, ValueError) as error:
+                except Exception as error:  # the import of foreign code raises anything
                     raise ConfigError(
                         f"The command '{name}' of the system '{system.name}' cannot be loaded "
                         f"({type(error).__name__}: {error}).",
@@ -110,6 +111,12 @@ def main(argv: list[str] | None = None) -> int:
     return run_command([*(sys.argv[1:] if argv is None else argv)], _dispatch)
 
 
+def _refuse_words(command: str, description: str, words: list[str]) -> None:
+    """Refuse words behind a command that has no options but ``--help``."""
+    parser = argparse.ArgumentParser(f"fulgurite {command}", description=description)
+    parser.parse_args(words)
+
+
 def _dispatch(argv: list[str]) -> int:
     """Run the command that the first word names."""
     command = argv[0] if argv else "--help"
@@ -122,6 +129,7 @@ def _dispatch(argv: list[str]) -> int:
         print(help_text(), end="")
         return 0
     if command == "systems":
+        _refuse_words("systems", "List the installed systems and their configurations.", argv[1:])
         return list_systems()
     find_local_modules()
     if command not in (*RUN_COMMANDS, "completion"):  # runs have options whose value is a text
@@ -151,6 +159,7 @@ def _dispatch(argv: list[str]) -> int:
     if command == "doctor":
         from fulgurite.doctor import doctor
 
+        _refuse_words("doctor", "Print versions, devices and known faults.", argv[1:])
         return doctor()
     if run_system_command := system_command(command):
         return run_system_command(argv[1:])

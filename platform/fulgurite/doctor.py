@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from fulgurite.data.store import cache_folder
-from fulgurite.extras import list_optional_packages
+from fulgurite.extras import list_optional_packages, list_unfit_packages
 from fulgurite.systems import plug_ins
 
 __all__ = ["doctor"]
@@ -71,6 +71,10 @@ def doctor() -> int:
             faults.append(f"{name} is missing: reinstall fulgurite.")
     for name, install in _list_optional().items():
         print(f"  {name} {_version(name) or f'not installed ({install})'}")
+    faults += [
+        f"{name} {_version(name)} is installed, and {limits}: install that."
+        for name, limits in list_unfit_packages().items()
+    ]
     if _version("lightning") in ("2.6.2", "2.6.3"):
         faults.append("lightning 2.6.2 and 2.6.3 were malicious releases: upgrade at once.")
     if (_version("pytorch-lightning") or "2").startswith("1."):

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib import import_module, metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fulgurite.errors import MissingExtraError
 
-__all__ = ["list_optional_packages", "missing_package", "optional_import", "suggest_extra"]
+__all__ = [
+    "list_optional_packages",
+    "list_unfit_packages",
+    "missing_package",
+    "optional_import",
+    "suggest_extra",
+]
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 _OF_DEVELOPERS = ("test", "dev", "bench", "docs")
 
@@ -71,6 +81,29 @@ def optional_import(name: str, extra: str, subject: str, otherwise: str = "") ->
         raise missing_package(package.replace("_", "-"), extra, subject, otherwise) from error
 
 
+def list_unfit_packages(distribution: str = "fulgurite") -> dict[str, str]:
+    """Installed packages whose version a distribution or one of its extras does not take.
+
+    Those that developers alone need are left out.
+
+    Args:
+        distribution: Name of the installed distribution.
+
+    Returns:
+        What versions are taken instead, by the name of the package.
+    """
+    unfit: dict[str, str] = {}
+    for requirement, extras in _list_requirements(distribution):
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            continue
+        if extras and not requirement.specifier.contains(version, prereleases=True):
+            user = f"{distribution}[{extras[0]}]" if extras[0] else distribution
+            unfit[requirement.name] = f"{user} takes {requirement.name}{requirement.specifier}"
+    return unfit
+
+
 def list_optional_packages(distribution: str = "fulgurite") -> dict[str, list[str]]:
     """The extras that bring each optional package, as the installed metadata has them.
 
@@ -79,17 +112,20 @@ def list_optional_packages(distribution: str = "fulgurite") -> dict[str, list[st
     Args:
         distribution: Name of the installed distribution.
     """
+    packages: dict[str, list[str]] = {}
+    for requirement, extras in _list_requirements(distribution):
+        if requirement.name != distribution and "" not in extras and extras:
+            packages.setdefault(requirement.name, []).extend(extras)
+    return packages
+
+
+def _list_requirements(distribution: str) -> Iterator[tuple[Requirement, list[str]]]:
+    """Each requirement of a distribution with the extras it is of; the extra "" is of all."""
     from packaging.requirements import Requirement
 
     described = metadata.metadata(distribution)
     extras = [e for e in described.get_all("Provides-Extra") or [] if e not in _OF_DEVELOPERS]
-    packages: dict[str, list[str]] = {}
     for line in metadata.requires(distribution) or []:
         requirement = Requirement(line)
         marker = requirement.marker
-        if marker is None or requirement.name == distribution or marker.evaluate({"extra": ""}):
-            continue
-        for extra in extras:
-            if marker.evaluate({"extra": extra}):
-                packages.setdefault(requirement.name, []).append(extra)
-    return packages
+        yield requirement, [e for e in ("", *extras) if not marker or marker.evaluate({"extra": e})]

@@ -12,12 +12,13 @@ import functools
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
-from fulgurite.errors import ConfigError
+from fulgurite.errors import ConfigError, Terminated
 
 __all__ = [
     "ENTRY_POINTS",
@@ -45,6 +46,9 @@ ENTRY_POINTS = "fulgurite.systems"
 
 #: Commands that run a configuration.
 RUN_COMMANDS = ("fit", "validate", "test", "predict")
+
+_WORD = r"\w[\w.-]*"
+_TEXTS = ("name", "title", "paper", "url", "configs")
 
 #: Words of ``fulgurite`` itself, which no system may take.
 RESERVED_COMMANDS = frozenset(
@@ -203,12 +207,15 @@ def plug_ins() -> tuple[PlugIn, ...]:
         package = f", of {entry.dist.name} {entry.dist.version}" if entry.dist else ""
         origin = f"{entry.value}{package}"
         try:
-            system = entry.load()
+            with redirect_stdout(sys.stderr):  # what commands print may be read by programs
+                system = entry.load()
             if fault := _fault_of(system, accepted):
                 raise ConfigError(fault)
             accepted[system.name] = system
             announced.append(PlugIn(entry.name, origin, system))
-        except (Exception, SystemExit) as error:  # the import of foreign code raises anything
+        except (KeyboardInterrupt, Terminated):
+            raise
+        except BaseException as error:  # the import of foreign code raises anything
             kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
             fault = " ".join(f"{kind}{error}".split())
             announced.append(PlugIn(entry.name, origin, fault=fault.rstrip(".: ") + "."))
@@ -219,7 +226,9 @@ def _fault_of(system: Any, accepted: Mapping[str, System]) -> str:
     """Why an announced object is no system that can be added to the accepted ones, or nothing."""
     if not isinstance(system, System):
         return f"it is a {type(system).__name__}, not a fulgurite.systems.System"
-    if not re.fullmatch(r"[\w.-]+", str(system.name)):
+    if wrong := [name for name in _TEXTS if not isinstance(getattr(system, name), str)]:
+        return f"its {wrong[0]} is {getattr(system, wrong[0])!r}, not a text"
+    if not re.fullmatch(_WORD, system.name):
         return f"its name {system.name!r} is no word of letters, digits, '_', '.' and '-'"
     if system.name in accepted:
         return f"there is a system named '{system.name}' already"
@@ -227,6 +236,9 @@ def _fault_of(system: Any, accepted: Mapping[str, System]) -> str:
     for command in system.commands:
         if command.name in taken | RESERVED_COMMANDS:
             return f"there is a command '{command.name}' already"
+        if not re.fullmatch(_WORD, command.name):
+            return f"its command {command.name!r} is no word of letters, digits, '_', '.' and '-'"
+        taken.add(command.name)
     list(packaged_configs(system))  # raises where there is no such package
     return ""
 
@@ -302,7 +314,7 @@ def check_kind(name: str, keys: Iterable[str], kind: str) -> None:
 def packaged_configs(system: System) -> Iterator[str]:
     """Names such as ``fedsir/digits.yaml`` of the system's packaged configurations."""
     for file in sorted(resources.files(system.configs).iterdir(), key=lambda f: f.name):
-        if file.name.endswith(".yaml"):
+        if file.name.endswith((".yaml", ".yml")):
             yield f"{system.name}/{file.name}"
 
 
@@ -324,7 +336,7 @@ def config_path(name: str) -> Path | None:
     system = systems().get(folder)
     if system is None or not file:
         return None
-    path = Path(str(resources.files(system.configs))) / file
+    path = Path(str(resources.files(system.configs).joinpath(file)))
     return path if path.is_file() else None
 
 
@@ -341,7 +353,8 @@ def system_of_config(path: str | Path) -> str | None:
     """
     folder = Path(path).resolve().parent
     for system in systems().values():
-        if Path(str(resources.files(system.configs))).resolve() == folder:
+        configs = resources.files(system.configs).iterdir()
+        if any(Path(str(file)).parent.resolve() == folder for file in configs):
             return system.name
     return None
 

@@ -3,13 +3,14 @@
 import ast
 import sys
 import tomllib
+from importlib import metadata
 
 import pytest
 from fakes.repository import ROOT
 from packaging.requirements import Requirement
 
 from fulgurite.errors import MissingExtraError
-from fulgurite.extras import list_optional_packages, optional_import
+from fulgurite.extras import list_optional_packages, list_unfit_packages, optional_import
 
 #: Where an error is of another kind than a package that an extra would bring.
 BY_HAND = {
@@ -79,3 +80,13 @@ def test_the_extras_are_those_of_the_metadata():
         assert names
         for name in names:
             assert any(line.startswith(package) for line in extras[name]), (package, name)
+
+
+def test_versions_that_an_extra_does_not_take_are_named(monkeypatch):
+    versions = {"h5py": "0.1", "jsonargparse": "1.0"}
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: versions.get(name) or real(name))
+    unfit = list_unfit_packages()
+    assert {*versions} <= {*unfit}
+    assert unfit["h5py"].startswith("fulgurite[ice] takes h5py>=")
+    assert unfit["jsonargparse"].startswith("fulgurite takes jsonargparse")

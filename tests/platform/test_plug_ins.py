@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fulgurite.systems import plug_ins, systems
+from fulgurite.__main__ import main
+from fulgurite.systems import config_path, packaged_configs, plug_ins, system_of_config, systems
 
 SYSTEM = """
 from fulgurite.systems import Command, System
@@ -64,6 +65,21 @@ def test_a_plug_in_is_a_system_like_ours(announce, fulgurite):
             SYSTEM.format(name="bad", configs="bad", commands='(Command("fit", "", "bad:main"),)'),
             "there is a command 'fit' already",
         ),
+        (
+            SYSTEM.format(
+                name="bad",
+                configs="bad",
+                commands='(Command("a", "", "bad:x"), Command("a", "", "bad:y"))',
+            ),
+            "there is a command 'a' already",
+        ),
+        (
+            SYSTEM.format(name="bad", configs="bad", commands='(Command("", "", "bad:main"),)'),
+            "its command '' is no word",
+        ),
+        (SYSTEM.format(name="--config", configs="bad", commands=""), "'--config' is no word"),
+        ("from fulgurite.systems import System\nSYSTEM = System('x', None, '', '', 'x')", "title"),
+        ("class Panic(BaseException): pass\nraise Panic", "Panic"),
     ],
 )
 def test_a_broken_plug_in_is_one_line_and_the_rest_works(announce, fulgurite, code, words):
@@ -88,6 +104,32 @@ def test_a_configuration_of_a_broken_plug_in_says_why_it_is_out_of_reach(announc
     assert status == 2
     assert "'bad/default.yaml' is out of reach" in error
     assert "No module named 'absent_dependency'" in error.splitlines()[-1]
+
+
+def test_what_a_plug_in_prints_is_not_in_what_commands_print(announce, fulgurite):
+    code = SYSTEM.format(name="good", configs="good", commands="")
+    announce("good", f"print('Welcome to good')\n{code}")
+    status, out, error = fulgurite("systems")
+    assert status == 0
+    assert "Welcome" not in out
+    assert "Welcome" in error
+
+
+def test_configurations_of_a_folder_that_is_no_package_are_found(announce, tmp_path):
+    announce("good", SYSTEM.format(name="good", configs="good.configs", commands=""))
+    folder = tmp_path / "site" / "good" / "configs"
+    folder.mkdir()
+    (folder / "small.yml").write_text("trainer: {max_epochs: 1}\n")
+    assert [*packaged_configs(systems()["good"])] == ["good/small.yml"]
+    assert config_path("good/small.yml") == folder / "small.yml"
+    assert system_of_config(folder / "small.yml") == "good"
+
+
+@pytest.mark.parametrize("command", ["systems", "doctor"])
+def test_words_that_a_command_does_not_take_are_refused(command, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([command, "--quiet"])
+    assert "unrecognized arguments: --quiet" in capsys.readouterr().err
 
 
 def test_a_command_that_cannot_be_loaded_is_one_line(announce, fulgurite):

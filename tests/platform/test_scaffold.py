@@ -1,8 +1,10 @@
 """``fulgurite new``: a package that runs at once."""
 
+import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -72,11 +74,27 @@ def test_an_installed_package_is_a_system(tmp_path):
         ("../x", "cannot be the name"),
         ("fedsir", "a system 'fedsir' already"),
         ("torch", "a module 'torch' already"),
+        ("tests", "in a folder 'tests'"),
     ],
 )
 def test_a_name_that_cannot_be_taken_is_refused(tmp_path, name, words):
     with pytest.raises(ConfigError, match=words):
         create_package(name, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_package_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    write, files = Path.write_text, []
+
+    def fill_disk(self, text, **options):
+        files.append(self)
+        if len(files) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, text, **options)
+
+    monkeypatch.setattr(Path, "write_text", fill_disk)
+    with pytest.raises(OSError, match="No space"):
+        create_package("my_paper", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

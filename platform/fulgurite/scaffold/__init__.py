@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 
 from fulgurite.errors import ConfigError
+from fulgurite.io import atomic_write
 from fulgurite.systems import systems
 
 __all__ = ["create_package", "main"]
@@ -56,15 +57,17 @@ def create_package(name: str, folder: Path) -> list[Path]:
     )
     class_name = "".join(word.capitalize() for word in name.split("_"))
     templates = resources.files(f"{__package__}.templates")
-    contents = {}
+    contents: dict[str, str] = {}
     for path, template in _FILES.items():
         source = templates.joinpath(template).read_text(encoding="utf-8")
         content = environment.from_string(source).render(name=name, class_name=class_name)
-        contents[root / path.format(name=name)] = content
-    for file, content in contents.items():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(content, encoding="utf-8")
-    return list(contents)
+        contents[path.format(name=name)] = content
+    with atomic_write(root) as temporary:  # a whole package, or none
+        for path, content in contents.items():
+            file = temporary / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(content, encoding="utf-8")
+    return [root / path for path in contents]
 
 
 def _check_name(name: str) -> None:
@@ -72,6 +75,10 @@ def _check_name(name: str) -> None:
         raise ConfigError(
             f"{name!r} cannot be the name of a package.",
             "Give lower-case letters, digits and underscores, such as my_paper.",
+        )
+    if name == "tests":
+        raise ConfigError(
+            "The tests of a package are in a folder 'tests' beside it.", "Give another name."
         )
     if name in systems():
         raise ConfigError(f"There is a system {name!r} already.", "Give another name.")
