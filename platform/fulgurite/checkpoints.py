@@ -22,7 +22,7 @@ __all__ = [
     "batches_done",
     "check_checkpoint",
     "check_file_names",
-    "nan_tensors",
+    "describe_weights",
 ]
 
 _HINT = "Give a checkpoint of a training, `last` or `best`."
@@ -166,7 +166,40 @@ def check_checkpoint(stored: Any, path: str | Path, *, resumes: bool) -> None:
         )
 
 
-def nan_tensors(stored: Mapping[str, Any], module: LightningModule) -> list[str]:
+def describe_weights(stored: Mapping[str, Any], module: LightningModule) -> list[str]:
+    """What a user has to know of the weights that a module takes from a checkpoint.
+
+    Args:
+        stored: Content of the checkpoint.
+        module: The module that has taken it up.
+
+    Returns:
+        Sentences without a full stop: weights that are not a number, and values that are rounded.
+
+    Raises:
+        CheckpointError: A weight is complex, and the module's is not.
+    """
+    sentences = []
+    if broken := _nan_tensors(stored, module):
+        sentences.append(f"the checkpoint's {', '.join(broken[:3])} is not a number")
+    weights = stored.get("state_dict") or {}
+    kinds: dict[tuple[torch.dtype, torch.dtype], str] = {}
+    for name, tensor in module.state_dict().items():
+        if isinstance(tensor, torch.Tensor) and isinstance(weights.get(name), torch.Tensor):
+            kinds.setdefault((weights[name].dtype, tensor.dtype), name)
+    for (before, now), name in kinds.items():
+        if before.is_complex and not now.is_complex:
+            raise CheckpointError(
+                f"The checkpoint's {name} is complex, and the model's is {now}.", _HINT
+            )
+        if torch.promote_types(before, now) != now:
+            sentences.append(
+                f"the checkpoint's weights such as {name} are {before}, and are rounded to {now}"
+            )
+    return sentences
+
+
+def _nan_tensors(stored: Mapping[str, Any], module: LightningModule) -> list[str]:
     """Names of the module's parameters that are not a number in a checkpoint.
 
     Strategies that divide parameters among ranks have put the weights into the module already, and

@@ -16,9 +16,10 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.plugins import DoublePrecision
 from typing_extensions import override
 
-from fulgurite.checkpoints import nan_tensors
+from fulgurite.checkpoints import describe_weights
 from fulgurite.errors import CheckpointError
 from fulgurite.foreign.reading import Reading, reading
 from fulgurite.io import atomic_write
@@ -178,6 +179,11 @@ class TrainingState(Callback):
         """Last values of all metrics when the checkpoint was written."""
         return dict(self._stored.get("metrics") or {})
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make weights of double precision before a checkpoint is taken up, not after it."""
+        if isinstance(trainer.precision_plugin, DoublePrecision):
+            pl_module.double()
+
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -196,10 +202,8 @@ class TrainingState(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep the state until training starts."""
-        if broken := nan_tensors(checkpoint, pl_module):
-            print(
-                f"note: the checkpoint's {', '.join(broken[:3])} is not a number", file=sys.stderr
-            )
+        for sentence in describe_weights(checkpoint, pl_module):
+            print(f"note: {sentence}", file=sys.stderr)
         if self.resumes:
             with self._taking_up(trainer):
                 self._stored = dict(checkpoint.get(_KEY) or {})

@@ -17,7 +17,7 @@ from fulgurite.export.command import export_run, main
 from fulgurite.export.decompositions import decomposition_table
 from fulgurite.export.formats import FORMATS, largest_difference
 from fulgurite.io import checksum
-from fulgurite.tensor_files import load_plain
+from fulgurite.tensor_files import load_plain, save_plain
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +127,33 @@ def test_the_best_checkpoint_is_taken_unless_another_is_named(short_run, tmp_pat
         short_run / "checkpoints" / "last.ckpt", "safetensors", out=tmp_path / "b.safetensors"
     )
     assert "last.ckpt" in capsys.readouterr().out
+
+
+def test_weights_that_are_no_numbers_or_are_rounded_are_said(short_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(short_run, run)
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    stored = load_plain(checkpoint, "ckpt")
+    weights = {n: t.double() for n, t in stored["state_dict"].items() if t.is_floating_point()}
+    name = next(n for n in weights if n.startswith("network."))
+    weights[name].flatten()[0] = torch.nan
+    save_plain({**stored, "state_dict": {**stored["state_dict"], **weights}}, checkpoint)
+    path = export_run(run, "safetensors", which="last")
+    printed = capsys.readouterr().out
+    assert f"note: the checkpoint's {name} is not a number" in printed
+    assert "are torch.float64, and are rounded to torch.float32" in printed
+    assert len(json.loads(path.with_name(f"{path.name}.json").read_text())["notes"]) == 2
+    weights[name] = weights[name] + 1j
+    save_plain({**stored, "state_dict": {**stored["state_dict"], **weights}}, checkpoint)
+    with pytest.raises(CheckpointError, match="is complex, and the model's is"):
+        export_run(run, "safetensors", which="last", overwrite=True)
+
+
+def test_a_file_whose_card_cannot_be_written_is_refused(short_run, tmp_path):
+    (tmp_path / "a.safetensors.json").mkdir()
+    with pytest.raises(ConfigError, match="where the card of the file goes, is a folder"):
+        export_run(short_run, "safetensors", out=tmp_path / "a.safetensors", overwrite=True)
+    assert not (tmp_path / "a.safetensors").exists()
 
 
 # --- what is refused ------------------------------------------------------------------------------

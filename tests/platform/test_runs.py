@@ -11,9 +11,12 @@ import torch
 import yaml
 from fakes.fedsir import FEDAVG
 from fakes.options import QUIET
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
 
 from fulgurite.cli import parse
 from fulgurite.masking import masked_arguments
+from fulgurite.resuming import TrainingState
 from fulgurite.run_folders import RunOptions, find_run, training_differences
 from fulgurite.tensor_files import load_plain, save_plain
 
@@ -297,6 +300,24 @@ def test_a_flipped_bit_is_found(fulgurite, one_run):
     assert "digest" in error_of(fulgurite(*command)) or "cannot be read" in error_of(
         fulgurite(*command)
     )
+
+
+def test_weights_of_double_precision_are_taken_up_whole(tmp_path):
+    """Lightning makes a model double after it has loaded a checkpoint into it."""
+    options = {
+        "precision": "64-true", "accelerator": "cpu", "max_epochs": 1, "logger": False,
+        "limit_train_batches": 1, "limit_val_batches": 1, "enable_checkpointing": False,
+        "enable_progress_bar": False, "enable_model_summary": False,
+    }  # fmt: skip
+    trainer, model = Trainer(**options, callbacks=[TrainingState()]), BoringModel()
+    trainer.fit(model)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    again = BoringModel()
+    Trainer(**options, callbacks=[TrainingState()]).validate(
+        again, ckpt_path=str(tmp_path / "a.ckpt"), verbose=False
+    )
+    assert again.layer.weight.dtype == torch.float64
+    assert torch.equal(again.layer.weight, model.layer.weight)
 
 
 def test_missing_optimizers_are_refused_and_nan_is_said(fulgurite, one_run, capsys):

@@ -127,6 +127,11 @@ def export_run(
     own_options = dict(own_options or {})
     _check_own_options(trained.module, own_options)
     path = out or _default_path(trained, own_options, chosen_format.suffix)
+    if _card_path(path).is_dir():
+        raise ConfigError(
+            f"{_card_path(path)}, where the card of the file goes, is a folder.",
+            "Name another file with --out.",
+        )
     if not overwrite:
         for file in (path, _card_path(path)):
             if file.exists():
@@ -216,7 +221,7 @@ def _describe(
         "inputs": [port.describe() for port in exportable.inputs],
         "outputs": [port.describe() for port in exportable.outputs],
         **exportable.facts,
-        "notes": list(exportable.notes),
+        "notes": [*exportable.notes, *trained.notes],
         "versions": {"fulgurite": __version__}
         | {name: metadata.version(name) for name in packages}
         | {"torch": torch.__version__},
@@ -227,7 +232,7 @@ def _describe(
 
 def _report(trained: TrainedRun, exportable: ExportableNetwork, to: str, difference: float) -> None:
     print(f"export: {trained.checkpoint} (epoch {trained.epoch})")
-    for note in exportable.notes:
+    for note in (*exportable.notes, *trained.notes):
         print(f"  note: {note}")
     if to == "safetensors":
         weights = (exportable.weights or exportable.network).state_dict()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 
-from fulgurite.checkpoints import check_checkpoint
+from fulgurite.checkpoints import check_checkpoint, describe_weights
 from fulgurite.errors import CheckpointError, ConfigError
 from fulgurite.loading import load
 from fulgurite.masking import masked_names
@@ -39,6 +39,7 @@ class TrainedRun:
         folder: The run folder.
         epoch: Epoch of the checkpoint.
         step: Optimizer steps of the checkpoint.
+        notes: What a user has to know of its weights.
     """
 
     module: LightningModule
@@ -48,6 +49,7 @@ class TrainedRun:
     folder: Path
     epoch: int
     step: int
+    notes: Sequence[str] = ()
 
 
 def locate_checkpoint(run: Path, which: str | None) -> tuple[Path, Path]:
@@ -128,4 +130,5 @@ def load_trained_run(run: Path, which: str | None = None) -> TrainedRun:
         folder=folder,
         epoch=int(stored.get("epoch", 0)),
         step=int(stored.get("global_step", 0)),
+        notes=describe_weights(stored, module),
     )
