@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.io import write_text
-from fulgurite.logging import log_figure
+from fulgurite.logging import is_logger, log_figure
 from fulgurite.models.number_probing.reports.report import (
     COLUMNS,
     ProbeSettings,
@@ -308,11 +308,10 @@ class ModularProbe(Callback):
     def _tables(self, trainer: Trainer) -> None:
         columns = ["step", "period", "verdict", *COLUMNS]
         for logger in trainer.loggers:
-            kind = type(logger).__name__
-            if kind == "WandbLogger":
+            if is_logger(logger, "WandbLogger"):
                 data = [[row[c] for c in columns] for row in self.history]
                 logger.log_table("probe", columns=columns, data=data)  # type: ignore[attr-defined]
-            elif kind == "TensorBoardLogger":
+            elif is_logger(logger, "TensorBoardLogger"):
                 logger.experiment.add_text(  # type: ignore[attr-defined]
                     "probe", to_markdown(self.history, columns), trainer.global_step
                 )

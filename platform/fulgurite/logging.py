@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from fulgurite import plotting
@@ -16,7 +17,7 @@ from fulgurite.plotting import MetricCurves
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["TrainingCurves", "log_figure"]
+__all__ = ["TrainingCurves", "is_logger", "log_figure"]
 
 
 class TrainingCurves:
@@ -68,6 +69,16 @@ class TrainingCurves:
         self.curves.load_state_dict(state_dict)
 
 
+def is_logger(logger: Logger, kind: str) -> bool:
+    """Whether a logger is of a kind, or a user's subclass of it; its package need not be there.
+
+    Args:
+        logger: One of the trainer's.
+        kind: Name of a class of Lightning's, such as ``WandbLogger``.
+    """
+    return any(base.__name__ == kind for base in type(logger).__mro__)
+
+
 def log_figure(trainer: Trainer, name: str, figure: Figure) -> Path | None:
     """Write a figure to the run folder and to each logger that shows pictures.
 
@@ -87,10 +98,9 @@ def log_figure(trainer: Trainer, name: str, figure: Figure) -> Path | None:
     path.parent.mkdir(parents=True, exist_ok=True)
     plotting.save_figure(figure, path)
     for logger in trainer.loggers:
-        kind = type(logger).__name__
-        if kind == "WandbLogger":
+        if is_logger(logger, "WandbLogger"):
             logger.log_image(f"figures/{name}", [str(path)])  # type: ignore[attr-defined]
-        elif kind == "TensorBoardLogger":
+        elif is_logger(logger, "TensorBoardLogger"):
             logger.experiment.add_figure(  # type: ignore[attr-defined]
                 f"figures/{name}", figure, global_step=trainer.global_step
             )
