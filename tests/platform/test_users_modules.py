@@ -188,6 +188,17 @@ def test_a_command_without_batches_says_so(fulgurite, command, option, words):
 
 
 @pytest.mark.usefixtures("users_code")
+@pytest.mark.parametrize("command", ["test", "predict"])
+def test_what_a_limit_leaves_out_is_told(fulgurite, command):
+    """A recorded configuration may have it from its training."""
+    limit = f"--trainer.limit_{command}_batches"
+    _, _, error = fulgurite(command, *SHORT, f"{limit}=1")
+    assert f"note: {limit.removeprefix('--')}=1: 1 of 2 batches were taken" in error
+    _, _, error = fulgurite(command, *SHORT, f"{limit}=2")
+    assert "batches were taken" not in error
+
+
+@pytest.mark.usefixtures("users_code")
 @pytest.mark.parametrize(
     ("options", "until", "is_cut"),
     [

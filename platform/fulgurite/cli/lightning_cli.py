@@ -25,7 +25,7 @@ from fulgurite.checkpoints import CheckpointFiles, RunCheckpoint, check_file_nam
 from fulgurite.cli.metrics import metrics_table, select_telling_metrics, sort_metrics
 from fulgurite.cli.saving import SaveRun
 from fulgurite.cli.starting_point import StartFinder, StartingPoint
-from fulgurite.cli.trainer_options import check_trainer_options, has_run
+from fulgurite.cli.trainer_options import check_trainer_options, describe_limit, has_run
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.indexing import indexing_arguments
 from fulgurite.masking import masked, masked_names
@@ -387,17 +387,23 @@ class FulguriteCLI(LightningCLI):
     def _evaluate(self, command: str, *, verbose: bool = True, **kwargs: Any) -> None:
         # Lightning's own table repeats each metric for every loader
         getattr(self.trainer, command)(verbose=False, **kwargs)
+        self._tell_limit()
         if verbose and self.trainer.is_global_zero:
             print(metrics_table(self._metrics))
             if self.start.path is not None:
                 print(f"{command}: evaluated {self.start.path} (epoch {self.start.facts['epoch']})")
         self._write_metrics(f"{command}_metrics.json")
 
+    def _tell_limit(self) -> None:
+        if not self.fast and is_first_process() and (note := describe_limit(self.trainer)):
+            print(note, file=sys.stderr)
+
     def predict(self, **kwargs: Any) -> None:
         """Predict, and write ``predictions.npz``; see :mod:`fulgurite.predictions`."""
         writer = PredictionWriter(None if self.fast else self.folder)
         self.trainer.callbacks.append(writer)  # type: ignore[attr-defined]
         self.trainer.predict(**{**kwargs, "return_predictions": False})
+        self._tell_limit()
         if not has_run(self.trainer) and is_first_process():
             print("predict: there was no batch to predict")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ from lightning.pytorch import Trainer
 
 from fulgurite.errors import ConfigError
 
-__all__ = ["check_trainer_options", "has_run"]
+__all__ = ["check_trainer_options", "describe_limit", "has_run"]
 
 # by which Lightning divides without a look at them
 _POSITIVE = ("accumulate_grad_batches", "check_val_every_n_epoch")
@@ -35,6 +36,31 @@ def check_trainer_options(config: Mapping[str, Any]) -> None:
             "trainer.barebones=true leaves out all records and checkpoints, which each run has.",
             "Leave it out; trainer.profiler=simple says where the time goes.",
         )
+
+
+def describe_limit(trainer: Trainer) -> str:
+    """What a limit of batches leaves out of an evaluation or a prediction; empty for nothing.
+
+    The limit may be one of the training, whose recorded configuration is taken again.
+    """
+    command = "" if trainer.state.fn is None else trainer.state.fn.value
+    part = {"validate": "val"}.get(command, command)
+    loaders = getattr(trainer, f"{part}_dataloaders", None)
+    counts = getattr(trainer, f"num_{part}_batches", [])
+    sizes = [_count_batches(x) for x in (loaders if isinstance(loaders, list) else [loaders])]
+    if len(sizes) != len(counts) or all(map(operator.ge, counts, sizes)):
+        return ""
+    return (
+        f"note: trainer.limit_{part}_batches={getattr(trainer, f'limit_{part}_batches')}: "
+        f"{sum(counts)} of {sum(sizes)} batches were taken"
+    )
+
+
+def _count_batches(loader: Any) -> int:
+    try:
+        return len(loader)
+    except TypeError:  # of no known length
+        return 0
 
 
 def has_run(trainer: Trainer) -> bool:

@@ -184,7 +184,7 @@ class FileTree:
 
         Raises:
             DataError: Nothing is there, a folder cannot be read, a link leads nowhere, or the zip
-                is damaged or holds two files of one name.
+                is damaged, holds two files of one name, or a path that leads through `.` or `..`.
         """
         if self.root.is_dir():
             names = [name for name, _ in list_files(self.root)]
@@ -201,6 +201,11 @@ class FileTree:
                 names = [name for name in archive.namelist() if not name.endswith("/")]
             if len(set(names)) < len(names):
                 raise DataError(f"The zip {self.root} holds two files of one name.", again)
+            if winding := [name for name in names if {".", ".."} & {*name.split("/")}]:
+                raise DataError(
+                    f"The zip {self.root} holds {winding[0]!r}, a path with `.` or `..` in it.",
+                    "Pack it again with plain paths.",
+                )
         return sorted(name for name in names if not _is_hidden(name))
 
     def read(self, name: str) -> bytes:

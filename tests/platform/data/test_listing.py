@@ -1,6 +1,7 @@
 """Files of folders: links are followed, once, and none is lost."""
 
 import pickle
+import re
 import zipfile
 
 import pytest
@@ -69,6 +70,15 @@ def test_a_zip_is_read_as_its_folder_in_any_process(tmp_path, kind):
     with zipfile.ZipFile(tmp_path / "t.zip", "a") as archive:
         archive.writestr("c.txt", "more")
     assert FileTree(tmp_path / kind).fingerprint(tree.names) != before
+
+
+@pytest.mark.parametrize("name", ["./a.txt", "../a.txt", "b/../a.txt"])
+def test_a_zip_with_paths_that_wind_is_refused(tmp_path, name):
+    with zipfile.ZipFile(tmp_path / "t.zip", "w") as archive:
+        archive.writestr("plain.txt", "text")
+        archive.writestr(name, "text")
+    with pytest.raises(DataError, match=f"holds '{re.escape(name)}'"):
+        _ = FileTree(tmp_path / "t.zip").names
 
 
 def test_a_zip_with_two_files_of_one_name_is_refused(tmp_path):
