@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fulgurite.errors import DataError
+from fulgurite.errors import ConfigError, DataError
 from fulgurite.foreign import reading
 
 __all__ = [
     "atomic_write",
+    "check_output",
     "checksum",
     "data_path",
     "file_lock",
@@ -55,13 +56,41 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             finally:
                 os.close(descriptor)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename == str(temporary):
+            error.filename = str(path)  # the name that users know
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             with suppress(OSError):
                 temporary.unlink()
         raise
+
+
+def check_output(path: Path, option: str, *suffixes: str) -> None:
+    """Refuse a file that the user hardly means, such as a configuration that would be lost.
+
+    Args:
+        path: The file that is to be written, or to be replaced.
+        option: The option that names it.
+        suffixes: What its name may end in; the first is the usual one.
+
+    Raises:
+        ConfigError: The path is a folder, or has another suffix.
+
+    Example:
+        >>> check_output(Path("a.html"), "--html", ".html", ".htm")
+        >>> check_output(Path("config.yaml"), "--html", ".html", ".htm")
+        Traceback (most recent call last):
+        fulgurite.errors.ConfigError: --html=config.yaml does not end in .html. \
+Name a file *.html.
+    """
+    if path.suffix.lower() not in suffixes:
+        raise ConfigError(
+            f"{option}={path} does not end in {suffixes[0]}.", f"Name a file *{suffixes[0]}."
+        )
+    if path.is_dir():
+        raise ConfigError(f"{option}={path} is a folder.", f"Name a file *{suffixes[0]} in it.")
 
 
 def write_text(path: str | Path, content: str) -> None:

@@ -537,6 +537,7 @@ def test_quick_changes(place):
         ({"args": {"--lr": 1}}, "dotted"),
         ({"config": "bas.yaml"}, "bas.yaml"),
         ({"quick": {"sead": 1}}, "Did you mean 'seeds'"),
+        ({"quick": {}}, "defines no small form of itself"),
         ({"quick": {"methods": ["zz"]}}, "quick.methods names 'zz'"),
         ({"quick": {"settings": {"p": [0.7]}}}, "quick.settings.p names '0.7'"),
         ({"quick": {"methods": ["b"]}}, "baseline 'a'"),

@@ -69,6 +69,8 @@ def test_engines_and_their_options_are_refused_by_name(place, monkeypatch):
     file = write(place)
     with pytest.raises(ConfigError, match=r"--engine is 'rai'\. Did you mean 'ray'"):
         main([file, "--engine=rai"])
+    with pytest.raises(ConfigError, match=r"No Ray cluster answers at 127\.0\.0\.1:1 "):
+        go(file, engine=Engine("ray", address="127.0.0.1:1"))
     with pytest.raises(ConfigError, match="--address is 'auto', and --engine is 'pool'"):
         main([file, "--address=auto"])
     with pytest.raises(ConfigError, match="--workers is 0"):

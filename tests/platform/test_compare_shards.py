@@ -57,6 +57,7 @@ def test_what_is_no_shard_is_refused_by_name(place, text):
 def test_each_cell_is_in_one_shard_and_they_are_even(place):
     plan = read_plan(write(place))
     trials = define_trials(plan)
+    assert select_shard(trials, Shard(10**12, 10**12), plan) == []
     for count in (1, 2, 4, 5, 18, 30):
         parts = [select_shard(trials, Shard(k + 1, count), plan) for k in range(count)]
         assert sorted(t.id for part in parts for t in part) == sorted(t.id for t in trials)

@@ -111,6 +111,7 @@ def test_annotations(annotation, fitting, unfitting):
 def test_the_schema_is_written_whole(schema, tmp_path, capsys):
     path = tmp_path / "editor" / "fulgurite.schema.json"
     assert main(["schema", "--out", str(path)]) == 0
+    assert main(["schema", "--out", str(path.with_suffix(".yaml"))]) == 2
     assert str(path) in capsys.readouterr().out
     assert json.loads(path.read_text()) == schema
 

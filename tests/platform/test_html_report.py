@@ -14,10 +14,11 @@ import pytest
 import yaml
 
 from fulgurite.compare.comparison import Comparison
-from fulgurite.compare.report import report_main
+from fulgurite.compare.report import report_main, run_summary
 from fulgurite.errors import ConfigError
 from fulgurite.html_report import write_report
 from fulgurite.html_report.charts import Interval, interval_chart, line_chart
+from fulgurite.html_report.run_page import RunRecords
 
 VOID = {"meta", "link", "img"}
 PNG = bytes.fromhex(
@@ -229,6 +230,23 @@ def test_intervals_hold_the_mean_at_95_percent(comparison):
     low, high = estimate_interval(entry)
     half = 4.302652729911275 * entry.mean_std.std / math.sqrt(3)
     assert (low, high) == pytest.approx((entry.mean_std.mean - half, entry.mean_std.mean + half))
+
+
+def test_a_report_takes_the_place_of_no_other_file(tmp_path):
+    run = write_run(tmp_path / "a")
+    before = (run / "config.yaml").read_bytes()
+    with pytest.raises(ConfigError, match=r"config\.yaml does not end in \.html"):
+        report_main([str(run), f"--html={run / 'config.yaml'}"])
+    assert (run / "config.yaml").read_bytes() == before
+
+
+def test_a_row_that_was_being_written_is_no_row(tmp_path):
+    run = write_run(tmp_path / "a")
+    file = run / "metrics.csv"
+    file.write_text("epoch,step,train/loss\n0,1,0.75\n1,2,0.2")  # 0.25, if all had been written
+    (run / "summary.json").unlink(missing_ok=True)
+    assert "| train/loss | 0.75 |" in run_summary(run)
+    assert RunRecords(run, "a").curves("step") == {"train/loss": [(1.0, 0.75)]}
 
 
 def test_what_holds_no_report_is_refused(tmp_path, comparison):

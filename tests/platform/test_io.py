@@ -34,6 +34,19 @@ def test_atomic_write_replaces_only_when_the_block_succeeds(tmp_path):
     assert [p.name for p in target.parent.iterdir()] == ["a.txt"]
 
 
+def test_a_file_that_cannot_be_made_is_told_by_its_own_name(tmp_path):
+    (tmp_path / "c").mkdir()
+
+    def write():
+        with atomic_write(tmp_path / "c" / "d.txt") as temporary:
+            (tmp_path / "c").rmdir()
+            temporary.write_text("x")
+
+    with pytest.raises(OSError, match="No such file") as error:
+        write()
+    assert error.value.filename == str(tmp_path / "c" / "d.txt")
+
+
 def test_atomic_write_of_a_folder_leaves_nothing_behind_on_error(tmp_path):
     target = tmp_path / "folder"
 

@@ -32,6 +32,7 @@ Result = TypeVar("Result")
 
 _RETRIES = 3  # of a task whose node or process is lost; an exception within it is no loss
 _POLL = 1.0  # [s]
+_PATIENCE = 10.0  # with an address that does not answer [s]
 _HANDED_ON = ("FULGURITE_", "WANDB_")
 _TOKEN = ".ray-token"
 
@@ -112,6 +113,21 @@ class Outcome(NamedTuple, Generic[Task, Result]):
     loss: str = ""
 
 
+def _reach(address: str) -> None:
+    """Open a connection to a cluster and close it: Ray itself would try for many minutes.
+
+    Args:
+        address: ``HOST:PORT``; others are left to Ray.
+
+    Raises:
+        OSError: Nothing answers there.
+    """
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and "/" not in host:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE):
+            pass
+
+
 class RayTasks(Generic[Task, Result]):
     """Runs a function on tasks, each as a task of a Ray cluster.
 
@@ -148,8 +164,9 @@ class RayTasks(Generic[Task, Result]):
     def __enter__(self) -> RayTasks[Task, Result]:
         address = self._engine.address
         try:
+            _reach(address or os.environ.get("RAY_ADDRESS") or "")
             self._ray.init(address=address, log_to_driver=False, logging_level="warning")
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(
                 f"No Ray cluster answers at {address or 'the default address'} "
                 f"({str(error).splitlines()[0]}).",

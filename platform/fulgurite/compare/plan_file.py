@@ -63,6 +63,10 @@ def read_plan(file: str | Path, *, quick: bool = False) -> ComparisonPlan:
     check_kind(str(file), top, "comparison")
     check_keys(top, [*section_keys(ComparisonPlan), "quick"], str(file))
     small = check_mapping(top.pop("quick", None) or {}, "quick")
+    if quick and not small:
+        raise ConfigError(
+            f"{file} defines no small form of itself.", "Add `quick:` to it, or leave --quick out."
+        )
     check_keys(small, _QUICK_KEYS, "quick")
     for key in ("config", "methods"):
         if not top.get(key):

@@ -20,9 +20,9 @@ from fulgurite.compare.run_config import name_run, read_run_config
 from fulgurite.compare.stats import LEAST_SEEDS, LEVEL, quantile
 from fulgurite.compare.trial import Setting, trial_id
 from fulgurite.errors import ConfigError
-from fulgurite.io import write_text
+from fulgurite.io import check_output, write_text
 from fulgurite.plotting import COLORS, new_figure
-from fulgurite.run_folders.metrics import rank_stage, read_metrics
+from fulgurite.run_folders.metrics import rank_stage, read_metric_rows, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,6 +86,8 @@ def report_main(argv: Sequence[str] | None = None) -> int:
                     f"--html names {out}, a folder.",
                     "Give --html=FILE, or write --html behind the folders.",
                 )
+            if out is not None:
+                check_output(out, "--html", ".html", ".htm")
             print(f"Report: {write_report(options.folders, out)}")
         return 0
     for folder in options.folders:
@@ -137,9 +139,8 @@ def _last_metrics(path: Path) -> dict[str, float]:
     last: dict[str, float] = {}
     if path.is_file():
         try:
-            with path.open(encoding="utf-8", newline="") as file:
-                for row in csv.DictReader(file):
-                    last.update({k: float(v) for k, v in row.items() if k and v})
+            for row in read_metric_rows(path):
+                last.update({k: float(v) for k, v in row.items() if k and v})
         except (TypeError, ValueError, csv.Error) as error:
             raise ConfigError(f"{path} holds no table of metrics.") from error
     return last

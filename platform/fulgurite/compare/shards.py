@@ -61,7 +61,7 @@ def select_shard(trials: Sequence[Trial], shard: Shard, plan: ComparisonPlan) ->
         plan: The comparison.
     """
     groups = _connected(trials, plan)
-    loads = [0] * shard.count
+    loads = [0] * min(shard.count, len(groups))  # further shards have nothing to run
     selected: set[str] = set()
     # the largest first, each to the shard with the least: even by count, and stable
     for group in sorted(groups, key=len, reverse=True):

@@ -22,7 +22,7 @@ from fulgurite.html_report.page import (
     embed_image,
     texts_of_files,
 )
-from fulgurite.run_folders.metrics import STAGES, rank_stage, read_metrics
+from fulgurite.run_folders.metrics import STAGES, rank_stage, read_metric_rows, read_metrics
 
 __all__ = ["RunRecords", "describe_runs"]
 
@@ -80,8 +80,7 @@ class RunRecords:
         if not path.is_file():
             return []
         try:
-            with path.open(encoding="utf-8", newline="") as file:
-                return list(csv.DictReader(file))
+            return read_metric_rows(path)
         except (ValueError, csv.Error) as error:
             raise ConfigError(f"{path} holds no table of metrics ({error}).") from error
 
@@ -223,6 +222,7 @@ def _figures(run: RunRecords, *, several: bool) -> Section:
     images = [
         embed_image(path, path.relative_to(run.folder).with_suffix("").as_posix())
         for path in figures
+        if path.is_file()
     ]
     return Section(f"Figures of {run.label}" if several else "Figures", images=images)
 

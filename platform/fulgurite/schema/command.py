@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from fulgurite.io import atomic_write
+from fulgurite.io import atomic_write, check_output
 from fulgurite.schema.configurations import describe_run
 
 __all__ = ["main"]
@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: the standard output")
     options = parser.parse_args(argv)
+    if options.out is not None:
+        check_output(options.out, "--out", ".json")
     text = json.dumps(describe_run(), indent=1) + "\n"
     if options.out is None:
         print(text, end="")
