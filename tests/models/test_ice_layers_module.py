@@ -1,5 +1,6 @@
 """The completion module: training, checkpoints, the identity trap, uncertainty."""
 
+import copy
 import math
 from dataclasses import replace
 from functools import partial
@@ -130,6 +131,37 @@ def test_stacks_are_completed_alone_as_in_a_batch(trained):
     for item, there in zip(data.parts["test"], together, strict=False):
         alone = model.fill(Collater([item])([item]))["predicted"]
         torch.testing.assert_close(alone, there, atol=1e-5, rtol=0)
+
+
+def compile_and_test(trained):
+    """Errors of the test set by compiled networks, and by the same as they are."""
+    model, data, _ = trained
+    [plain] = quiet_trainer().test(model, datamodule=data, verbose=False)
+    networks, model.networks = model.networks, copy.deepcopy(model.networks)
+    model.prediction = replace(model.prediction, compile=True)
+    try:
+        [compiled] = quiet_trainer().test(model, datamodule=data, verbose=False)
+    finally:
+        model.networks = networks
+        model.prediction = replace(model.prediction, compile=False)
+    return compiled, plain
+
+
+@pytest.mark.slow  # half a minute of a compiler
+def test_compiled_networks_predict_the_same(trained):
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled, plain = compile_and_test(trained)
+    assert compiled == pytest.approx(plain, rel=1e-4, abs=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_a_missing_compiler_is_named(trained, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    torch.compiler.reset()
+    with pytest.raises(ConfigError, match=r"compile=true.* could not be compiled"):
+        compile_and_test(trained)
 
 
 def test_a_step_does_not_see_what_it_hides():

@@ -212,15 +212,47 @@ class IceCompletion(IceModule):
             batch.thickness, x.observed, gaps, predicted, std=std, max_gap=self.prediction.max_gap
         )
 
+    def compile_networks(self) -> None:
+        """Compile the networks, which happens when they are called next.
+
+        Stacks of other sizes than before are compiled for any size, once.
+        """
+        for network in self.networks:
+            network.compile()
+
+    @contextlib.contextmanager
+    def _explain_compilation(self) -> Iterator[None]:
+        """Say in one line that the networks could not be compiled."""
+        try:
+            yield
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            raise ConfigError(
+                "model.init_args.prediction.compile=true, and the networks could not be compiled: "
+                f"{' '.join(str(error).split())[:200]}",
+                "Install a C++ compiler (or name it by CXX), or set prediction.compile=false.",
+            ) from error
+
     def _features(self, gaps: Gaps, ensemble_std: Tensor, spans: TensorSpans) -> Tensor:
         between = spans.between
         if self.prediction.keep_boundaries == "none":
             between = torch.zeros_like(between)
         return entry_features(gaps, ensemble_std, between)
 
+    def on_predict_start(self) -> None:
+        """Load ``weights``, and compile the networks if asked for."""
+        super().on_predict_start()
+        if self.prediction.compile:
+            self.compile_networks()
+
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """What :meth:`fill` gives, and the number of the stack of each trace."""
-        return {**self.fill(batch), "stack": batch.stack[Track.of_batch(batch).stack]}
+        """What :meth:`fill` gives, and the number of the stack of each trace.
+
+        Raises:
+            ConfigError: The networks could not be compiled.
+        """
+        with self._explain_compilation():
+            completed = self.fill(batch)
+        return {**completed, "stack": batch.stack[Track.of_batch(batch).stack]}
 
     # --- training ------------------------------------------------------------------------------
 
@@ -277,6 +309,16 @@ class IceCompletion(IceModule):
         self._layer_mean_error = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.metrics.reset()
 
+    def on_test_start(self) -> None:
+        """Refuse test segments that have been seen, and compile the networks if asked for.
+
+        Raises:
+            DataError: A segment of the test has been seen.
+        """
+        super().on_test_start()
+        if self.prediction.compile:
+            self.compile_networks()
+
     def on_test_epoch_start(self) -> None:
         """Reset the metrics."""
         self.metrics.reset()
@@ -306,8 +348,13 @@ class IceCompletion(IceModule):
         self.metrics.update(predicted, targets)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Score missing entries where the truth is known, and picks that were taken away."""
-        completed = self.fill(batch)
+        """Score missing entries where the truth is known, and picks that were taken away.
+
+        Raises:
+            ConfigError: The networks could not be compiled.
+        """
+        with self._explain_compilation():
+            completed = self.fill(batch)
         left_missing = completed["provenance"] == Provenance.LEFT_MISSING
         targets = Targets(
             known_truth(batch),
