@@ -150,9 +150,9 @@ def main() -> None:
 
 NOTES = """
 One thread, on stacks in memory, 1 % of the picks mis-tracked. The network completes a batch of
-16, 8 or 2 stacks, uncertainty and provenance with it; compiled it is with
-`prediction.compile=true`, whose half a minute at the start is left out; width 32 (64 with 256 traces), else as in
-`ice_layers/synthetic.yaml`. Kriging is exact, in float64, and predicts only the missing entries,
+16, 8 or 2 stacks, uncertainty and provenance with it; width 32 (64 with 256 traces), else as in
+`ice_layers/synthetic.yaml`. Compiled it is with `prediction.compile=true`, whose half a minute at
+the start is left out. Kriging is exact, in float64, and predicts only the missing entries,
 with their standard deviation, stack by stack: matrices differ in size, and LAPACK factors batched
 ones one after the other, too. Both take turns, the first turn is left out; the last column compares
 turn by turn; medians with quartiles. Parameters are not those of a finished training, on which the

@@ -238,12 +238,6 @@ class IceCompletion(IceModule):
             between = torch.zeros_like(between)
         return entry_features(gaps, ensemble_std, between)
 
-    def on_predict_start(self) -> None:
-        """Load ``weights``, and compile the networks if asked for."""
-        super().on_predict_start()
-        if self.prediction.compile:
-            self.compile_networks()
-
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """What :meth:`fill` gives, and the number of the stack of each trace.
 
@@ -415,8 +409,10 @@ class IceCompletion(IceModule):
             )
 
     def on_predict_start(self) -> None:
-        """Load ``weights``, and warn where intervals are not known."""
+        """Load ``weights``, compile networks if asked, and warn where intervals are not known."""
         super().on_predict_start()
+        if self.prediction.compile:
+            self.compile_networks()
         if not self.calibration.fitted:
             warnings.warn(
                 "The network was validated on fewer than 50 held-out picks, or never, so the "
