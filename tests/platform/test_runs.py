@@ -15,6 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from fulgurite.cli import parse
+from fulgurite.errors import ConfigError
 from fulgurite.masking import masked_arguments
 from fulgurite.resuming import TrainingState
 from fulgurite.run_folders import RunOptions, find_run, training_differences
@@ -300,6 +301,13 @@ def test_a_flipped_bit_is_found(fulgurite, one_run):
     assert "digest" in error_of(fulgurite(*command)) or "cannot be read" in error_of(
         fulgurite(*command)
     )
+
+
+@pytest.mark.parametrize("options", [{"name": "/a"}, {"name": "../a"}, {"system": "a/../.."}])
+def test_a_name_stays_below_the_root(options):
+    with pytest.raises(ConfigError, match=r"leads out of --run\.root=runs.*--run\.dir"):
+        RunOptions(**options)
+    assert RunOptions(name="a/b..c").parent == Path("runs/custom/a/b..c")
 
 
 def test_weights_of_double_precision_are_taken_up_whole(tmp_path):

@@ -571,6 +571,8 @@ def test_wrong_calls_are_refused(folder):
     file = write(folder, {**RANDOM, "run_cap": None})
     with pytest.raises(ConfigError, match="how many trials"):
         run(file)
+    with pytest.raises(ConfigError, match=r"--name=\.\./a leads out of sweep_results"):
+        run(file, out=None, name="../a")
     for option in ("storage", "out", "name"):
         with pytest.raises(ConfigError, match=f"--{option} is empty"):
             run(file, **{option: ""})

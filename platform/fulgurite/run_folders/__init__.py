@@ -31,6 +31,7 @@ from fulgurite.run_folders.folders import (
     RUN_DIR_VARIABLE,
     RunLock,
     RunOptions,
+    leads_out,
     new_run_folder,
     run_folder_of,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "find_run",
     "holds_run",
     "identity_differences",
+    "leads_out",
     "new_run_folder",
     "recorded_config",
     "recorded_environment",

@@ -21,6 +21,7 @@ __all__ = [
     "RUN_DIR_VARIABLE",
     "RunLock",
     "RunOptions",
+    "leads_out",
     "new_run_folder",
     "run_folder_of",
 ]
@@ -39,6 +40,17 @@ def _find_root() -> str:
     """The folder that ``FULGURITE_RUNS`` names, else ``runs`` in the current one."""
     value = os.environ.get(RUNS_VARIABLE)
     return os.path.expanduser(value) if value else "runs"
+
+
+def leads_out(name: str) -> bool:
+    """Whether a name is the path of something that does not lie below where it is given.
+
+    Example:
+        >>> [leads_out(name) for name in ("digits", "a/b", "a..b", "../a", "/a")]
+        [False, False, False, True, True]
+    """
+    path = Path(name)
+    return path.is_absolute() or ".." in path.parts
 
 
 @dataclass
@@ -63,14 +75,21 @@ class RunOptions:
     new: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse empty names, such as those of unset variables of the shell.
+        """Refuse empty names, as of unset variables of the shell, and names that leave the root.
 
         Raises:
-            ConfigError: A folder or a name is empty.
+            ConfigError: A folder or a name is empty, or a name is a path to somewhere else.
         """
         for name in ("root", "system", "name", "dir"):
             if getattr(self, name) == "":
                 raise ConfigError(f"--run.{name} is empty.", "Name a folder, or leave it out.")
+        for name in ("system", "name"):
+            value = getattr(self, name)
+            if value is not None and leads_out(value):
+                raise ConfigError(
+                    f"--run.{name}={value} leads out of --run.root={self.root}.",
+                    "Give a name, or the whole path of the run folder by --run.dir.",
+                )
 
     @property
     def parent(self) -> Path:

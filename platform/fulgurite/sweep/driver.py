@@ -24,6 +24,7 @@ from fulgurite.compare.pool import WorkerPool, set_variables
 from fulgurite.compare.report import writing
 from fulgurite.compare.worker import Job
 from fulgurite.errors import ConfigError
+from fulgurite.run_folders import leads_out
 from fulgurite.sweep.identity import TrialDefinition, claim_folder, define_point
 from fulgurite.sweep.pruning import ENDED, STORAGE_VARIABLE
 from fulgurite.sweep.report import render, write_best
@@ -93,6 +94,10 @@ def run(
     for option, text in (("storage", storage), ("out", out), ("name", name)):
         if text == "":  # such as an unset variable of the shell
             raise ConfigError(f"--{option} is empty.", "Give a value, or leave it out.")
+    if name is not None and out is None and leads_out(name):
+        raise ConfigError(
+            f"--name={name} leads out of sweep_results.", "Give a name, or --out=FOLDER as well."
+        )
     for option, value in (("workers", workers), ("trials", trials)):
         if value is not None and value < 1:
             raise ConfigError(f"--{option} is {value}.", "Give 1 or more.")
