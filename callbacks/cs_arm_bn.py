@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import math
-import re
 import warnings
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -36,10 +35,14 @@ from fulgurite.models.cs_arm_bn.metrics import (
 from fulgurite.models.cs_arm_bn.modes import compare_modes
 from fulgurite.models.cs_arm_bn.module import PlateClassifier
 from fulgurite.models.cs_arm_bn.profiles import outlier_score, plate_profile
+from fulgurite.models.cs_arm_bn.statistics_files import (
+    locate_statistics,
+    read_statistics,
+    to_file_name,
+)
 from fulgurite.options import NonNegativeFloat, check_arguments
 from fulgurite.plotting import heatmap, new_figure
 from fulgurite.run_folders import write_json
-from fulgurite.tensor_files import read_state_dict
 
 #: Smallest number of batches before training and test mode are compared (momentum 0.1: 0.5 % is
 #: older), ratio of their losses that gives a warning, and fraction of the chance loss below which
@@ -309,7 +312,7 @@ class ControlContext(Callback):
         if not log_dir:
             return
         facts = self._describe_adaptation(trainer, pl_module, batch)
-        path = Path(log_dir) / "statistics" / _to_file_name(name)
+        path = locate_statistics(Path(log_dir) / "statistics", name)
         with atomic_write(path.with_name(f"{path.name}.pt")) as temporary:
             torch.save({key: value.cpu() for key, value in tensors.items()}, temporary)
         write_json(path.with_name(f"{path.name}.json"), facts)
@@ -356,7 +359,7 @@ class ControlContext(Callback):
             _write_class_scores(trainer, name, counts)
             if self.figures:
                 figure = self._draw_results(pl_module, name, rows, counts.numpy().astype(float))
-                log_figure(trainer, f"test_{_to_file_name(name)}", figure)
+                log_figure(trainer, f"test_{to_file_name(name)}", figure)
 
     def _draw_results(
         self, pl_module: PlateClassifier, name: str, rows: Predictions, counts: NDArray[np.float64]
@@ -392,7 +395,7 @@ def _write_class_scores(trainer: Trainer, name: str, counts: Tensor) -> None:
     names = _get_class_names(trainer, len(counts)) or [str(k) for k in range(len(counts))]
     columns = {name: values.tolist() for name, values in class_scores(counts).items()}
     rows = zip(names, counts.sum(1).tolist(), *columns.values(), strict=True)
-    path = Path(trainer.logger.log_dir) / f"classes_{_to_file_name(name)}.csv"
+    path = Path(trainer.logger.log_dir) / f"classes_{to_file_name(name)}.csv"
     with (
         atomic_write(path) as temporary,
         temporary.open("w", encoding="utf-8", newline="") as file,
@@ -400,11 +403,6 @@ def _write_class_scores(trainer: Trainer, name: str, counts: Tensor) -> None:
         writer = csv.writer(file)
         writer.writerow(("class", "images", *columns))
         writer.writerows(rows)
-
-
-def _to_file_name(name: str) -> str:
-    """Convert a plate's name to a file name."""
-    return re.sub(r"[^\w.+-]", "_", name)
 
 
 def _control_well_names(data: Any, batch: PlateBatch) -> list[str] | None:
@@ -426,15 +424,3 @@ def _is_repeated(trainer: Trainer, batch_idx: int, dataloader_idx: int) -> bool:
     if length is None or len(sampler) * sampler.num_replicas <= len(length):
         return False
     return batch_idx * sampler.num_replicas + sampler.rank >= len(length)
-
-
-def read_statistics(folder: Path, plate: str) -> dict[str, Tensor]:
-    """Read the statistics of a plate that a prediction wrote.
-
-    Raises:
-        CheckpointError: The file does not exist or cannot be read.
-    """
-    path = folder / f"{_to_file_name(plate)}.pt"
-    hint = f"There are none of plate {plate}: predict with its controls first."
-    tensors: dict[str, Tensor] = read_state_dict(path, "ControlContext.statistics", hint)[1]
-    return tensors

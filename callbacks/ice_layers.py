@@ -29,7 +29,7 @@ from fulgurite.models.ice_layers.output.stacks import (
     CompletedStack,
     StackMetadata,
     completed_stacks,
-    file_name,
+    file_names,
     read_npz,
     write_npz,
 )
@@ -117,6 +117,7 @@ class CompletionWriter(Callback):
         self._origin = Origin()
         self._drawn: list[DrawnStack] = []
         self._numbers: list[int] = []
+        self._file_names: list[str] = []  # by the number of the stack
         self._folder: Path | None = None
         self.curves = TrainingCurves(
             {
@@ -171,6 +172,7 @@ class CompletionWriter(Callback):
             attributes=self.attributes,
         )
         self.written, self._drawn, self._numbers = 0, [], []
+        self._file_names = file_names(getattr(data, "stacks", ()))
         log_dir = trainer.logger.log_dir if trainer.logger else None
         # ranks that start later see another one as free
         log_dir = trainer.strategy.broadcast(log_dir)
@@ -194,9 +196,10 @@ class CompletionWriter(Callback):
         self._numbers += batch.stack.tolist()
         truth = getattr(batch, "truth", None)
         first = 0
-        for stack in self._stacks(trainer, pl_module, outputs, batch):
+        stacks = self._stacks(trainer, pl_module, outputs, batch)
+        for number, stack in zip(batch.stack.tolist(), stacks, strict=True):
             rows = slice(first, first := first + len(stack.distance))
-            path = folder / file_name(stack.stack)
+            path = folder / self._file_names[number]
             if self.npz:
                 write_npz(path.with_name(f"{path.name}.npz"), stack)
             if self.netcdf:
@@ -222,12 +225,12 @@ class CompletionWriter(Callback):
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
 
             def read(number: int) -> NDArray[np.float64]:
-                return read_npz(folder / f"{file_name(data.stacks[number])}.npz").thickness
+                return read_npz(folder / f"{self._file_names[number]}.npz").thickness
 
             rank_zero_info(data.write_back(folder / "CSARP_layer", numbers, read))
-        for stack, truth in drawn:
-            name = f"completed_{file_name(stack.stack)}"
-            log_figure(trainer, name, layers_figure(stack, truth))
+        names = file_names([stack.stack for stack, _ in drawn])
+        for name, (stack, truth) in zip(names, drawn, strict=True):
+            log_figure(trainer, f"completed_{name}", layers_figure(stack, truth))
         self._drawn = []
 
     def _stacks(

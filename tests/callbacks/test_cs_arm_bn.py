@@ -40,6 +40,7 @@ from fulgurite.models.cs_arm_bn.batchnorm import context_layers
 from fulgurite.models.cs_arm_bn.modes import compare_modes
 from fulgurite.models.cs_arm_bn.profiles import outlier_score, plate_profile
 from fulgurite.models.cs_arm_bn.references import reference_state
+from fulgurite.models.cs_arm_bn.statistics_files import locate_statistics, read_statistics
 from fulgurite.testing.plates import select_rows
 from fulgurite.testing.survival import find_free_port, start_call, start_forked
 
@@ -310,6 +311,16 @@ def test_prediction_adapts_once_and_does_not_depend_on_chunks(trained, method):
         torch.testing.assert_close(
             other["probabilities"], found[0]["probabilities"], atol=1e-6, rtol=0
         )
+
+
+def test_statistics_of_plates_with_names_alike_are_two_files(tmp_path):
+    first = locate_statistics(tmp_path, "lab|1|a/b")
+    assert first == tmp_path / "lab_1_a_b"
+    first.with_suffix(".json").write_text(json.dumps({"plate": "lab|1|a/b"}))
+    assert locate_statistics(tmp_path, "lab|1|a/b") == first
+    assert locate_statistics(tmp_path, "lab|1|a_b") != first
+    with pytest.raises(CheckpointError, match=r"none of plate lab\|1\|a_b"):
+        read_statistics(tmp_path, "lab|1|a_b")
 
 
 def test_statistics_are_written_with_their_provenance_and_read_again(trained, tmp_path):

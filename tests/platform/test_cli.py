@@ -310,6 +310,18 @@ def test_a_full_disk_in_a_worker_is_one_line():
     assert as_our_error(OSError("a text alone")) is None
 
 
+def test_what_weights_and_biases_refuses_is_one_line():
+    from fulgurite.cli.messages import as_our_error
+    from fulgurite.errors import ConfigError
+
+    # as wandb's own UsageError, whose package takes seconds to import
+    refusal = type("UsageError", (Exception,), {"__module__": "wandb.errors.errors"})
+    error = as_our_error(refusal("api_key not configured (no-tty).\ncall wandb.login"))
+    assert isinstance(error, ConfigError)
+    assert "refuses the run: api_key not configured" in str(error)
+    assert "WANDB_MODE=offline" in error.hint
+
+
 def test_a_second_run_leaves_the_first_alone(fit):
     fit(*SHORT[2:])
     fit(*SHORT[2:])

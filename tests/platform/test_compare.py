@@ -88,6 +88,10 @@ def test_what_a_method_sets_itself_holds_on_an_axis_that_it_ignores(place):
         ({"tests": {"method": {"key": "q", "values": [1]}}}, "An axis is called 'method'"),
         ({"settings": {"p": {1: {"p": 1}, "1": {"p": 2}}}}, r"settings\.p has the label '1' twice"),
         (
+            {"settings": {"p": {"<1": {"p": 1}, ">1": {"p": 2}}}},
+            r"p=<1 and of \S+ p=>1 .* one fi",
+        ),
+        (
             {"settings": {**FILE["settings"], "q": {"x": {}, "y": {"p": 0}}}},
             r"settings\.p and settings\.q both set p",
         ),

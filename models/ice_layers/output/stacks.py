@@ -5,6 +5,7 @@ Axes: N traces, L layers (newest first), P physical fields.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,7 @@ __all__ = [
     "StackMetadata",
     "completed_stacks",
     "file_name",
+    "file_names",
     "make_stack",
     "read_npz",
     "write_npz",
@@ -175,6 +177,24 @@ def file_name(name: str) -> str:
         '20120330_01_003'
     """
     return "".join(c if c.isalnum() or c in "-+._" else "_" for c in name) or "stack"
+
+
+def file_names(names: Sequence[str]) -> list[str]:
+    """Names of the files of stacks without ending, all different, also where case is ignored.
+
+    Example:
+        >>> file_names(["a/1", "a_1", "A/1", "b"])
+        ['a_1', 'a_1-2', 'A_1-3', 'b']
+    """
+    taken: set[str] = set()
+    unique: list[str] = []
+    for name in names:
+        plain = file_name(name)
+        numbered = (f"{plain}-{number}" for number in itertools.count(2))
+        free = next(c for c in itertools.chain([plain], numbered) if c.casefold() not in taken)
+        taken.add(free.casefold())
+        unique.append(free)
+    return unique
 
 
 def _to_numpy(value: Any) -> NDArray[Any]:

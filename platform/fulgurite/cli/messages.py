@@ -46,6 +46,11 @@ def as_our_error(error: Exception) -> FulguriteError | None:
         return ConfigError(" ".join(str(error).split()))
     if outside := _outside(error):
         return outside
+    if type(error).__module__.partition(".")[0] == "wandb":  # a name, a key, or no connection
+        return ConfigError(
+            f"Weights & Biases refuses the run: {_one_line(str(error))}",
+            "Correct trainer.logger, or set WANDB_MODE=offline.",
+        )
     if "no `dataloader_idx` argument" in str(error):  # of a model that has one loader in mind
         return ConfigError(" ".join(str(error).split()))
     if "Error(s) in loading state_dict" in str(error):

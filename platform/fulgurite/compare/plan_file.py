@@ -25,7 +25,9 @@ from fulgurite.compare.schema import (
     select,
     spell,
 )
+from fulgurite.compare.trial import setting_label
 from fulgurite.compare.yaml_file import read_yaml
+from fulgurite.data.names import find_repeated
 from fulgurite.errors import ConfigError, near_miss
 from fulgurite.systems import check_kind, resolve_config
 
@@ -116,6 +118,17 @@ def _quick_methods(plan: ComparisonPlan, changes: object) -> dict[str, Compariso
 
 
 def _check_plan(plan: ComparisonPlan) -> ComparisonPlan:
+    if (name := find_repeated(plan.trial_ids)) is not None:
+        cells = itertools.product(plan.seeds, plan.grid, plan.rows)
+        same = [
+            f"{method} {setting_label(setting)}"
+            for (_, setting, method), trial in zip(cells, plan.trial_ids, strict=True)
+            if trial == name
+        ]
+        raise ConfigError(
+            f"The results of {' and of '.join(same)} would be one file, {name}.json.",
+            "Give labels that differ in letters or digits.",
+        )
     for metric in plan.modes:
         if metric not in (*plan.also, plan.metric):
             raise ConfigError(
