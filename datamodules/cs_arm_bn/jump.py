@@ -114,6 +114,7 @@ class JumpPlates(PlateSource):
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes, in the order of their identifiers."""
         table = self.metadata.read_controls()
+        table = table[table["Metadata_Name"].notna()]
         names = dict(zip(table["Metadata_JCP2022"], table["Metadata_Name"], strict=True))
         return tuple(str(names.get(jcp, jcp)) for jcp in self._class_ids())
 
@@ -126,15 +127,27 @@ class JumpPlates(PlateSource):
     def _class_ids(self) -> list[str]:
         """Return the identifiers of the classes, in the order of the labels.
 
+        Raises:
+            DataError: There is none.
+
         Source: docs/papers/cs_arm_bn.md section 2.2.
         """
         if self.perturbations.classes is not None:
-            return sorted(self.perturbations.classes)
+            return self._require_classes(sorted(self.perturbations.classes))
         table = self.metadata.read_controls()
         is_class = (table["Metadata_pert_type"] == "poscon") & (
             table["Metadata_modality"] == self.perturbations.modality
         )
-        return sorted(table["Metadata_JCP2022"][is_class])
+        return self._require_classes(sorted(table["Metadata_JCP2022"][is_class]))
+
+    def _require_classes(self, identifiers: list[str]) -> list[str]:
+        if not identifiers:
+            raise DataError(
+                "There is no class: the table perturbation_control has no poscon of the modality "
+                f"{self.perturbations.modality}, or `classes` is empty.",
+                f"Set `{_OPTION}.perturbations.classes` to identifiers, or `modality`.",
+            )
+        return identifiers
 
     def _select_plates(self) -> pd.DataFrame:
         table = self.metadata.read_plates()

@@ -47,12 +47,20 @@ class JumpMetadata:
         """Return the table of control perturbations, which is read once.
 
         Raises:
-            DataError: It is missing or damaged, or lacks a column.
+            DataError: It is missing or damaged, lacks a column, or describes a perturbation twice.
         """
         if self._controls is None:
-            self._controls = self._read(
-                "perturbation_control", "JCP2022", "pert_type", "Name", "modality"
-            )
+            names = ("JCP2022", "pert_type", "Name", "modality")
+            table = self._read("perturbation_control", *names)
+            table = table.drop_duplicates([f"Metadata_{name}" for name in names])
+            twice = table["Metadata_JCP2022"].duplicated()
+            if twice.any():
+                raise DataError(
+                    "The table perturbation_control has two different rows of "
+                    f"{table['Metadata_JCP2022'][twice].iloc[0]}.",
+                    "Keep one row for each perturbation.",
+                )
+            self._controls = table
         return self._controls
 
     def read_wells(self) -> pd.DataFrame:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fulgurite.options import check_options
+from fulgurite.options import NonNegativeInt, check_options
 
 __all__ = ["JumpFiles", "Perturbations", "PlateSelection"]
 
@@ -51,7 +51,7 @@ class PlateSelection:
     plate_types: tuple[str, ...] = ("COMPOUND",)
     skip_batches: tuple[str, ...] = ()
     plates: list[str] | None = None
-    stray_rows: int | None = None
+    stray_rows: NonNegativeInt | None = None
 
     def __post_init__(self) -> None:
         check_options(self, "data.init_args.source.init_args.selection")

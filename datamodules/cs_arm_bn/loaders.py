@@ -189,6 +189,11 @@ class PlateLoaders(L.LightningDataModule):
             plates = [int(d) for d in np.unique(self.table.domain[np.concatenate(rows)])]
         plates = [d for d in plates if len(self.table.rows_of(d, control=False))]
         if not plates:
+            if self.predicts_input:
+                raise DataError(
+                    "The table has controls alone, and no site to predict.",
+                    "Give a row with the role `query` for each site to predict.",
+                )
             raise DataError(
                 "The split leaves no plate to predict.",
                 "Set `--data.init_args.evaluation.predict=all`.",

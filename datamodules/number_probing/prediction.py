@@ -143,7 +143,7 @@ class InputProblems(BatchDataset):
         for name, file in list_input_files(path, [".txt"]):
             before = len(pairs)
             with reading(file, "The file", "Give text in UTF-8."):
-                lines = file.read_text(encoding="utf-8").splitlines()
+                lines = file.read_text(encoding="utf-8-sig").splitlines()
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue

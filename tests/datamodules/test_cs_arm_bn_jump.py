@@ -404,7 +404,7 @@ def test_stray_wells_stop_or_count(bucket):
         (
             "perturbation_control.csv",
             lambda f: f[f["Metadata_Name"] != "AMG900"].assign(Metadata_pert_type="x"),
-            "0 classes|no site|column|No plate|empty",
+            "There is no class|no site|column|No plate|empty",
         ),
     ],
 )
@@ -433,12 +433,28 @@ def test_wrong_choices_are_named(bucket):
         read(bucket)
 
 
+def test_a_perturbation_is_described_once(bucket):
+    file = bucket / "metadata" / "perturbation_control.csv"
+    edit(file, lambda frame: pd.concat([frame, frame]))
+    assert (read(bucket).counts() == [8, 4]).all()
+    edit(file, lambda frame: frame.assign(Metadata_Name=None))
+    assert all(name.startswith("JCP2022_") for name in read(bucket).class_names)
+    edit(file, lambda frame: pd.concat([frame, frame.assign(Metadata_pert_type="poscon")]))
+    with pytest.raises(DataError, match="two different rows of JCP2022"):
+        read(bucket)
+
+
 def test_choices_that_choose_nothing_are_reported_and_ambiguous_plates_refused(bucket):
     report = read(bucket, skip_batches=["nowhere"], plate_types=["COMPOUND", "X"]).report()
     assert "skip_batches that no plate has: nowhere" in report
     assert "plate_types that no plate has: X" in report
     with pytest.raises(ConfigError, match="The channels are none"):
         read(bucket, channels=[])
+    for options in ({"classes": []}, {"modality": "orf"}):
+        with pytest.raises(DataError, match="There is no class"):
+            read(bucket, **options)
+    with pytest.raises(ConfigError, match="stray_rows"):
+        read(bucket, stray_rows=-1)
     again = lambda frame: pd.concat([frame, frame[:1].assign(Metadata_Batch="again")])  # noqa: E731
     edit(next((bucket / "metadata").glob("plate.csv*")), again)
     with pytest.raises(DataError, match="is in two batches"):
