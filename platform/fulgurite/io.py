@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import os
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 
+_FULL = (errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC)  # errors of writing, without a name
 _DIGEST_BY_LENGTH = {32: "md5", 64: "sha256"}
 
 
@@ -57,7 +59,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
                 os.close(descriptor)
         temporary.replace(path)
     except BaseException as error:
-        if isinstance(error, OSError) and error.filename == str(temporary):
+        if isinstance(error, OSError) and (
+            error.filename == str(temporary) or (error.filename is None and error.errno in _FULL)
+        ):
             error.filename = str(path)  # the name that users know
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)

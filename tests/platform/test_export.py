@@ -1,5 +1,6 @@
 """``fulgurite export``: files that are read again, cards, and what is refused."""
 
+import errno
 import json
 import os
 import shutil
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from fulgurite.errors import CheckpointError, ConfigError, RunError
@@ -147,6 +148,24 @@ def test_weights_that_are_no_numbers_or_are_rounded_are_said(short_run, tmp_path
     save_plain({**stored, "state_dict": {**stored["state_dict"], **weights}}, checkpoint)
     with pytest.raises(CheckpointError, match="is complex, and the model's is"):
         export_run(run, "safetensors", which="last", overwrite=True)
+
+
+def test_a_full_disk_is_one_error(tmp_path, monkeypatch):
+    """Where torch's own writer meets one, it ends the process."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        FORMATS["torch-export"].write(toy(nn.Linear(2, 3)), tmp_path / "a.pt2", {})
+
+    def refuse_weights(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", refuse_weights)
+    with pytest.raises(RunError, match=r"weights cannot be written .*No space left"):
+        FORMATS["safetensors"].write(toy(nn.Linear(2, 3)), tmp_path / "a.safetensors", {})
 
 
 def test_a_file_whose_card_cannot_be_written_is_refused(short_run, tmp_path):

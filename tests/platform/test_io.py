@@ -1,5 +1,6 @@
 """Atomic writes, checksums, data paths."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,11 @@ def test_a_file_that_cannot_be_made_is_told_by_its_own_name(tmp_path):
     with pytest.raises(OSError, match="No such file") as error:
         write()
     assert error.value.filename == str(tmp_path / "c" / "d.txt")
+
+
+def test_a_full_disk_is_told_by_the_name_of_the_file(tmp_path):
+    with pytest.raises(OSError, match=r"No space.*a\.txt"), atomic_write(tmp_path / "a.txt"):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_atomic_write_of_a_folder_leaves_nothing_behind_on_error(tmp_path):

@@ -5,6 +5,7 @@ Axes: of the network's own inputs and outputs.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import warnings
@@ -167,8 +168,10 @@ def _refusal(exportable: ExportableNetwork, name: str, error: Exception) -> Conf
 
 def _write_torch_export(exportable: ExportableNetwork, path: Path, card: Mapping[str, Any]) -> None:
     program = _trace(exportable, "torch-export")
+    buffer = io.BytesIO()  # a full disk ends the process where torch writes to it itself
     with _quiet():
-        torch.export.save(program, path, extra_files={f"{METADATA_KEY}.json": json.dumps(card)})
+        torch.export.save(program, buffer, extra_files={f"{METADATA_KEY}.json": json.dumps(card)})
+    path.write_bytes(buffer.getbuffer())
 
 
 def _measure_torch_export(exportable: ExportableNetwork, path: Path) -> float:
@@ -255,10 +258,17 @@ def _state(exportable: ExportableNetwork) -> dict[str, Tensor]:
 
 def _write_safetensors(exportable: ExportableNetwork, path: Path, card: Mapping[str, Any]) -> None:
     library = optional_import("safetensors.torch", "export", "Writing .safetensors")
+    from safetensors import SafetensorError
+
     metadata = {METADATA_KEY: json.dumps(card), "format": "pt"}
     path.touch()  # safetensors gives its files to their owner alone; the user's umask decides
     permissions = path.stat().st_mode
-    library.save_file(_state(exportable), path, metadata)
+    try:
+        library.save_file(_state(exportable), path, metadata)
+    except SafetensorError as error:  # of a disk, too
+        raise RunError(
+            f"The weights cannot be written ({error}).", "Make room, or name another --out."
+        ) from error
     path.chmod(permissions)
 
 
