@@ -39,6 +39,7 @@ __all__ = [
     "join_stacks",
     "make_tables",
     "measure_geometry",
+    "measure_residual",
     "name_parameters",
     "score_contradiction",
     "signal_covariance",
@@ -248,13 +249,11 @@ def span_covariance(theta: Tensor, tables: Tables, spans: ObservedSpans) -> Tens
     entries = spans.entries
     signal = spans.sum(spans.sum(signal_covariance(tables, entries, entries)).T)
 
-    def same(rows: Tensor, columns: Tensor) -> Tensor:
-        return 1.0 * (rows[:, None] == columns)
-
-    first, stop = spans.first, spans.stop
-    shared = same(first, first) + same(stop, stop) - same(first, stop) - same(stop, first)
-    noise = named["e"] ** 2 * shared + named["n"] ** 2 * same(first, first)
-    return signal + torch.where(spans.trace[:, None] == spans.trace, noise, 0.0)
+    # each span has two boundaries, and spans follow each other by trace and layer
+    own = (named["n"] ** 2 + 2 * named["e"] ** 2).expand(len(spans.trace))
+    is_joined = (spans.trace[1:] == spans.trace[:-1]) & (spans.first[1:] == spans.stop[:-1])
+    shared = named["e"] ** 2 * is_joined
+    return signal + own.diag() - shared.diag(1) - shared.diag(-1)
 
 
 def factorise(matrix: Tensor) -> Tensor:
@@ -269,10 +268,14 @@ def factorise(matrix: Tensor) -> Tensor:
     return factor
 
 
+def measure_residual(tables: Tables, spans: ObservedSpans) -> Tensor:
+    """How far observed spans are from the drift [m]. Shape: (n,)."""
+    return spans.value - spans.sum(tables.drift[spans.entries])
+
+
 def solve(theta: Tensor, tables: Tables, spans: ObservedSpans) -> tuple[Tensor, Tensor]:
     """Residual of observed spans from the drift, and the Cholesky factor of their covariance."""
-    residual = spans.value - spans.sum(tables.drift[spans.entries])
-    return residual, factorise(span_covariance(theta, tables, spans))
+    return measure_residual(tables, spans), factorise(span_covariance(theta, tables, spans))
 
 
 def score_contradiction(residual: Tensor, factor: Tensor) -> Tensor:

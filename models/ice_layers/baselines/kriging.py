@@ -34,12 +34,14 @@ from fulgurite.models.ice_layers.baselines.covariance import (
     KrigingStack,
     ObservedSpans,
     Tables,
+    factorise,
     make_tables,
     measure_geometry,
+    measure_residual,
     name_parameters,
     score_contradiction,
     signal_covariance,
-    solve,
+    span_covariance,
 )
 from fulgurite.models.ice_layers.baselines.interpolation import Ridge
 
@@ -142,21 +144,24 @@ class Kriging:
         theta = self.parameters
         tables = make_tables(theta, measure_geometry(self.drift, stack))
         observed, score = ObservedSpans.of(spans), None
-        residual, factor = solve(theta, tables, observed)
+        residual = measure_residual(tables, observed)
+        covariance = span_covariance(theta, tables, observed)
+        factor = factorise(covariance)
         for limit in (outlier + 1, outlier):  # the worst first: they distort the others
             if math.isinf(limit):
                 break
             if score is None:
                 score = score_contradiction(residual, factor)
             if bool((score > limit).any()):
-                observed = observed.take(score <= limit)
-                residual, factor = solve(theta, tables, observed)
-                score = None
+                trusted = score <= limit
+                observed, residual = observed.take(trusted), residual[trusted]
+                covariance = covariance[trusted][:, trusted]
+                factor, score = factorise(covariance), None
         mask = torch.ones_like(stack.observed) if mask is None else mask
         if not trust_all:
-            trusted = torch.zeros_like(mask)
-            trusted[observed.entries] = True
-            spans = spans.keep(trusted)
+            is_kept = torch.zeros_like(mask)
+            is_kept[observed.entries] = True
+            spans = spans.keep(is_kept)
         mean, std = _predict(tables, mask, observed, residual, factor=factor, spans=spans)
         return mean, std * self.scale
 
