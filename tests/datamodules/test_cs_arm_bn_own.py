@@ -111,7 +111,7 @@ def test_the_template_is_printed_and_overwrites_nothing(fulgurite):
         ({"well": "A2"}, (), "A02 and A2"),
         ({}, ("--prefixes=images",), "--prefixes"),
         ({}, ("--prefixes={images",), "'{images' is no YAML"),
-        ({}, ("--channels=",), "'' is no list of names"),
+        ({}, ("--channels=",), "--channels is empty"),
         ({}, ("--colour=red",), "--help"),
     ],
 )

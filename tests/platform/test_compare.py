@@ -537,7 +537,7 @@ def test_quick_changes(place):
         ({"seed_keys": "seed"}, "seed_keys is not a list"),
         ({"settings": {"p": {}}}, "settings.p has no values"),
         ({"settings": {"p": {"key": "p", "values": 3}}}, "settings.p.values"),
-        ({"settings": {"p": {"x y": {"p": 1}, "x-y": {"p": 2}}}}, "same file name"),
+        ({"settings": {"p": {"x y": {"p": 1}, "x-y": {"p": 2}}}}, "would be one file"),
         ({"args": {"--lr": 1}}, "dotted"),
         ({"config": "bas.yaml"}, "bas.yaml"),
         ({"quick": {"sead": 1}}, "Did you mean 'seeds'"),
