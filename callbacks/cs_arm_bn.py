@@ -24,7 +24,7 @@ from typing_extensions import override
 import fulgurite
 from fulgurite.domains.cs_arm_bn import PlateBatch
 from fulgurite.errors import ConfigError
-from fulgurite.io import atomic_write
+from fulgurite.io import atomic_write, to_file_name
 from fulgurite.logging import TrainingCurves, log_figure
 from fulgurite.models.cs_arm_bn.metrics import (
     Predictions,
@@ -35,11 +35,7 @@ from fulgurite.models.cs_arm_bn.metrics import (
 from fulgurite.models.cs_arm_bn.modes import compare_modes
 from fulgurite.models.cs_arm_bn.module import PlateClassifier
 from fulgurite.models.cs_arm_bn.profiles import outlier_score, plate_profile
-from fulgurite.models.cs_arm_bn.statistics_files import (
-    locate_statistics,
-    read_statistics,
-    to_file_name,
-)
+from fulgurite.models.cs_arm_bn.statistics_files import locate_statistics, read_statistics
 from fulgurite.options import NonNegativeFloat, check_arguments
 from fulgurite.plotting import heatmap, new_figure
 from fulgurite.run_folders import write_json

@@ -7,24 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from pathlib import Path
 
 from torch import Tensor
 
+from fulgurite.io import to_file_name
 from fulgurite.tensor_files import read_state_dict
 
-__all__ = ["locate_statistics", "read_statistics", "to_file_name"]
-
-
-def to_file_name(name: str) -> str:
-    """Convert a name to one of a file.
-
-    Example:
-        >>> to_file_name("lab|batch 1|P1")
-        'lab_batch_1_P1'
-    """
-    return re.sub(r"[^\w.+-]", "_", name)
+__all__ = ["locate_statistics", "read_statistics"]
 
 
 def locate_statistics(folder: Path, plate: str) -> Path:

@@ -6,6 +6,7 @@ import errno
 import glob
 import hashlib
 import os
+import re
 import shutil
 import uuid
 import warnings
@@ -22,6 +23,7 @@ __all__ = [
     "checksum",
     "data_path",
     "file_lock",
+    "to_file_name",
     "verify_checksum",
     "write_text",
 ]
@@ -95,6 +97,16 @@ Name a file *.html.
         )
     if path.is_dir():
         raise ConfigError(f"{option}={path} is a folder.", f"Name a file *{suffixes[0]} in it.")
+
+
+def to_file_name(name: str) -> str:
+    """Convert a name to one of a file: signs that paths and shells read become underscores.
+
+    Example:
+        >>> to_file_name("lab|batch 1|P1")
+        'lab_batch_1_P1'
+    """
+    return re.sub(r"[^\w.+-]", "_", name)
 
 
 def write_text(path: str | Path, content: str) -> None:

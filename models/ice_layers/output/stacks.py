@@ -28,6 +28,7 @@ from fulgurite.domains.ice_layers.npz import (
 )
 from fulgurite.errors import DataError
 from fulgurite.foreign import read_arrays, reading
+from fulgurite.io import to_file_name
 from fulgurite.models.ice_layers.output.origin import Origin
 
 __all__ = [
@@ -176,7 +177,7 @@ def file_name(name: str) -> str:
         >>> file_name("20120330_01/003")
         '20120330_01_003'
     """
-    return "".join(c if c.isalnum() or c in "-+._" else "_" for c in name) or "stack"
+    return to_file_name(name) or "stack"
 
 
 def file_names(names: Sequence[str]) -> list[str]:

@@ -18,7 +18,7 @@ from fulgurite.errors import ConfigError
 from fulgurite.export.exportable import ExportableNetwork, ExportRequest, no_network_error
 from fulgurite.export.formats import FORMATS, check_difference
 from fulgurite.export.trained import TrainedRun, load_trained_run
-from fulgurite.io import atomic_write, checksum
+from fulgurite.io import atomic_write, checksum, to_file_name
 from fulgurite.run_folders import write_json
 
 __all__ = ["export_run", "main"]
@@ -166,7 +166,7 @@ def _card_path(path: Path) -> Path:
 
 def _default_path(trained: TrainedRun, own_options: Mapping[str, str], suffix: str) -> Path:
     words = [trained.checkpoint.stem, *own_options.values()]
-    name = "-".join(re.sub(r"[^\w.+-]", "_", word) for word in words)
+    name = "-".join(map(to_file_name, words))
     return trained.folder / "exported" / f"{name}{suffix}"
 
 
