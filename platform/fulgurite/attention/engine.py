@@ -20,7 +20,7 @@ from fulgurite.attention.calls import AttentionCall, normalize_call
 from fulgurite.attention.execution_plan import ExecutionPlan
 from fulgurite.attention.kernel_choice import kernel_for, kernel_names
 from fulgurite.attention.kernels import accumulator_dtype
-from fulgurite.attention.machine_costs import GPU_COSTS, MachineCosts
+from fulgurite.attention.machine_costs import usual_costs
 from fulgurite.attention.masks import Masking, is_causal_bias
 from fulgurite.attention.planning import make_plan
 from fulgurite.attention.request import Placement, PlanRequest
@@ -211,8 +211,7 @@ def _on_machine(
     if options.memory_budget is None:
         return replace(request, kernels=kernels)
     if torch.are_deterministic_algorithms_enabled():
-        costs = GPU_COSTS if device.type == "cuda" else MachineCosts()
-        return replace(request, kernels=kernels, costs=costs)
+        return replace(request, kernels=kernels, costs=usual_costs(device.type == "cuda"))
     measure = agreed_costs if request.ranks > 1 else measured_costs
     costs = measure(device, spec.dtype, max(1, spec.head_dim))
     return replace(request, kernels=kernels, costs=costs)

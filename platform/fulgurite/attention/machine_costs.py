@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["GPU_COSTS", "MachineCosts"]
+__all__ = ["GPU_COSTS", "MachineCosts", "usual_costs"]
 
 
 @dataclass(frozen=True)
@@ -48,3 +48,12 @@ GPU_COSTS = MachineCosts(
     short_tiles=((128, 64.0), (2048, 4.0), (16384, 1.0)),
     fills_with_heads=True,
 )
+
+
+def usual_costs(on_gpu: bool) -> MachineCosts:
+    """Return costs that nobody measured, so that every process plans by the same.
+
+    Args:
+        on_gpu: Whether a GPU computes.
+    """
+    return GPU_COSTS if on_gpu else MachineCosts()

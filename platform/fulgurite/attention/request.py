@@ -11,7 +11,7 @@ import torch
 from fulgurite.attention.edges import CACHED_MASKS
 from fulgurite.attention.kernel_choice import usual_kernel_names
 from fulgurite.attention.kernels import TileKernelNames
-from fulgurite.attention.machine_costs import GPU_COSTS, MachineCosts
+from fulgurite.attention.machine_costs import MachineCosts, usual_costs
 from fulgurite.attention.spec import AttentionSpec
 from fulgurite.attention.tiles import GPU_MASKED_SIDE, MASKED_SIDE
 from fulgurite.errors import ConfigError
@@ -106,7 +106,7 @@ class PlanRequest:
             placement=Placement(resident=False, tiled=True, ahead=on_gpu),
             kernel=kernel,
             kernels=usual_kernel_names(on_gpu, dtype, kernel),
-            costs=GPU_COSTS if on_gpu else MachineCosts(),
+            costs=usual_costs(on_gpu),
         )
 
     @property
