@@ -175,12 +175,15 @@ class IceCompletion(IceModule):
             x: The batch.
             spans: Measured spans that the networks may see.
 
+        Raises:
+            ConfigError: The networks were to be compiled, and could not be.
+
         Shape: to (N, L) and (N, L), float64.
         """
         visible = self.visible(spans.observed)
         sums, shared = self.find_consistent_spans(x, spans)
         samples = self.prediction.mc_samples
-        with self._use_dropout(x, bool(samples)):
+        with self._use_dropout(x, bool(samples)), self._explain_compilation():
             outs = [
                 self.metres(self.forward_member(network, x, visible, shared), x)
                 for network in self.networks
@@ -239,14 +242,8 @@ class IceCompletion(IceModule):
         return entry_features(gaps, ensemble_std, between)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """What :meth:`fill` gives, and the number of the stack of each trace.
-
-        Raises:
-            ConfigError: The networks could not be compiled.
-        """
-        with self._explain_compilation():
-            completed = self.fill(batch)
-        return {**completed, "stack": batch.stack[Track.of_batch(batch).stack]}
+        """What :meth:`fill` gives, and the number of the stack of each trace."""
+        return {**self.fill(batch), "stack": batch.stack[Track.of_batch(batch).stack]}
 
     # --- training ------------------------------------------------------------------------------
 
@@ -342,13 +339,8 @@ class IceCompletion(IceModule):
         self.metrics.update(predicted, targets)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Score missing entries where the truth is known, and picks that were taken away.
-
-        Raises:
-            ConfigError: The networks could not be compiled.
-        """
-        with self._explain_compilation():
-            completed = self.fill(batch)
+        """Score missing entries where the truth is known, and picks that were taken away."""
+        completed = self.fill(batch)
         left_missing = completed["provenance"] == Provenance.LEFT_MISSING
         targets = Targets(
             known_truth(batch),
