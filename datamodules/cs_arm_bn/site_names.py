@@ -62,12 +62,10 @@ def name_wells(frame: pd.DataFrame, plate: Sequence[str], origin: str) -> pd.Ser
         return spelled
     wells: pd.Series = spelled.map(names)
     pairs = frame[[*plate]].assign(well=wells, spelled=spelled).dropna().drop_duplicates()
-    twice = pairs[pairs.duplicated([*plate, "well"], keep=False)]
-    if len(twice):
-        first = twice.iloc[0]
-        same = twice[(twice[[*plate, "well"]] == first[[*plate, "well"]]).all(axis=1)]
+    same = _find_equal_rows(pairs, [*plate, "well"])
+    if len(same):
         raise DataError(
-            f"{origin} spells one well of plate {'|'.join(first[[*plate]])} in two ways: "
+            f"{origin} spells one well of plate {'|'.join(same.iloc[0][[*plate]])} in two ways: "
             f"{' and '.join(same['spelled'])}.",
             "Spell each well of a plate in one way, A01 for example.",
         )
@@ -105,16 +103,22 @@ def refuse_alike_sites(frame: pd.DataFrame) -> None:
     if len(set(numbers.values())) == len(numbers):
         return
     alike = frame.assign(number=frame["site"].map(numbers))
-    twice = alike[alike.duplicated(["domain", "well", "number"], keep=False)]
-    if len(twice):
-        first = twice.iloc[0]
-        keys = ["domain", "well", "number"]
-        same = twice[(twice[keys] == first[keys]).all(axis=1)]
+    same = _find_equal_rows(alike, ["domain", "well", "number"])
+    if len(same):
+        first = same.iloc[0]
         raise DataError(
             f"Well {first['well']} of plate {first['domain']} has the sites "
             f"{' and '.join(map(repr, same['site']))}, which are one.",
             "Keep one row for each site, and write its number in one way.",
         )
+
+
+def _find_equal_rows(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Return the first row that others equal in some columns, with these; empty for none."""
+    repeated = frame[frame.duplicated(keys, keep=False)]
+    if repeated.empty:
+        return repeated
+    return repeated[(repeated[keys] == repeated[keys].iloc[0]).all(axis=1)]
 
 
 def _simplify_site(text: str) -> str:
