@@ -250,10 +250,10 @@ def span_covariance(theta: Tensor, tables: Tables, spans: ObservedSpans) -> Tens
     signal = spans.sum(spans.sum(signal_covariance(tables, entries, entries)).T)
 
     # each span has two boundaries, and spans follow each other by trace and layer
-    own = (named["n"] ** 2 + 2 * named["e"] ** 2).expand(len(spans.trace))
+    pick_noise = (named["n"] ** 2 + 2 * named["e"] ** 2).expand(len(spans.trace))
     is_joined = (spans.trace[1:] == spans.trace[:-1]) & (spans.first[1:] == spans.stop[:-1])
     shared = named["e"] ** 2 * is_joined
-    return signal + own.diag() - shared.diag(1) - shared.diag(-1)
+    return signal + pick_noise.diag() - shared.diag(1) - shared.diag(-1)
 
 
 def factorise(matrix: Tensor) -> Tensor:
