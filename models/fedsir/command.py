@@ -167,8 +167,6 @@ def main(argv: Sequence[str]) -> int:
     app.add_argument("--out", help="the new folder; default: ./NAME of the configuration")
     app.add_argument("--publisher", default="fulgurite", help="in Flower's sense")
     arguments, rest = parser.parse_known_args(list(argv))
-    if arguments.out == "":
-        raise ConfigError("--out is empty.", "Name the new folder, or leave --out out.")
     name = Path(arguments.config).with_suffix("").as_posix().replace("/", "_")
     folder = Path(arguments.out or re.sub(r"\W+", "_", f"federation_{name}"))
     write_app(

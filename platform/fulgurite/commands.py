@@ -52,7 +52,7 @@ def check_filled(argv: Sequence[str]) -> None:
         name = word[:-1] if word.startswith("--") and word.endswith("=") else ""
         if not word:
             name = before if before.startswith("--") and "=" not in before else "An argument"
-        if name and name.count("=") == 0:
+        if name and "=" not in name:
             raise ConfigError(f"{name} is empty.", "Give a value, or leave it out.")
 
 
