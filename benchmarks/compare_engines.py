@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.harness import report
+from benchmarks.harness import rate_rows, report
 
 CELLS, TURNS = 8, 2
 COMPARISON = f"""\
@@ -75,16 +75,8 @@ def main() -> None:
                 tables.append(read_results(out))
     if any(table != tables[0] for table in tables):
         raise RuntimeError("The engines' tables differ.")
-    pool = sum(seconds["pool"])
-    rows = [
-        {
-            "engine": f"`--engine {engine}`",
-            "seconds": ", ".join(f"{t:.0f}" for t in times),
-            "cells per minute": f"{60 * CELLS * TURNS / sum(times):.1f}",
-            "time, pool = 1": f"{sum(times) / pool:.2f}",
-        }
-        for engine, times in seconds.items()
-    ]
+    named = {f"`--engine {engine}`": times for engine, times in seconds.items()}
+    rows = rate_rows(named, "engine", amount=CELLS, things="cells", reference="pool")
     notes = (
         f"{CELLS} trainings and tests of `fedsir/smoke.yaml` in two processes, from an empty "
         "folder, start of the command and of Ray's own cluster included; both tables are equal."

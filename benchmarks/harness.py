@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar
@@ -94,6 +94,34 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
 def ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
     """Speed of ``fast`` in units of ``slow``, turn by turn."""
     return [s / f for s, f in zip(slow, fast, strict=False)]
+
+
+def rate_rows(
+    seconds: Mapping[str, Sequence[float]], head: str, *, amount: int, things: str, reference: str
+) -> list[dict[str, str]]:
+    """Rows of how fast contestants were, by their times of the same work.
+
+    Args:
+        seconds: Times of each contestant, one for each turn.
+        head: Head of the contestants' column.
+        amount: How many things are done in a turn.
+        things: What these are.
+        reference: What the first contestant is called, in whose time the others' are given.
+
+    Example:
+        >>> rate_rows({"a": [30.0], "b": [60.0]}, "way", amount=5, things="cells", reference="a")[1]
+        {'way': 'b', 'seconds': '60', 'cells per minute': '5.0', 'time, a = 1': '2.00'}
+    """
+    first = sum(next(iter(seconds.values())))
+    return [
+        {
+            head: name,
+            "seconds": ", ".join(f"{t:.0f}" for t in times),
+            f"{things} per minute": f"{60 * amount * len(times) / sum(times):.1f}",
+            f"time, {reference} = 1": f"{sum(times) / first:.2f}",
+        }
+        for name, times in seconds.items()
+    ]
 
 
 def machine() -> str:

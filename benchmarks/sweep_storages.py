@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.harness import report
+from benchmarks.harness import rate_rows, report
 from fulgurite.testing.postgresql import run_postgresql
 
 TURNS = 2
@@ -95,16 +95,7 @@ def main() -> None:
                 all_results.append(results)
     if any(results != all_results[0] for results in all_results):
         raise RuntimeError("The sweeps' values differ.")
-    first = sum(next(iter(seconds.values())))
-    rows = [
-        {
-            "sweep": name,
-            "seconds": ", ".join(f"{t:.0f}" for t in times),
-            "trials per minute": f"{60 * TRIALS * TURNS / sum(times):.1f}",
-            "time, first = 1": f"{sum(times) / first:.2f}",
-        }
-        for name, times in seconds.items()
-    ]
+    rows = rate_rows(seconds, "sweep", amount=TRIALS, things="trials", reference="first")
     notes = (
         f"A grid of {TRIALS} trainings of `fedsir/smoke.yaml`, two at a time, from an empty "
         "folder, start of the commands included; all have the same values at the same points."
