@@ -8,6 +8,7 @@ import os
 import signal
 import sqlite3
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 from scipy import stats
 
@@ -28,8 +30,8 @@ from fulgurite.sweep.driver import main
 from fulgurite.sweep.pruning import falls_behind
 from fulgurite.sweep.reporter import TrialReporter
 from fulgurite.sweep.space import Categorical, Distribution, EarlyTerminate
-from fulgurite.sweep.storage import MEMORY, hide_password
-from fulgurite.sweep.study import TrialWatch, next_point, open_study
+from fulgurite.sweep.storage import MEMORY, hide_password, open_storage
+from fulgurite.sweep.study import TrialWatch, enqueue_grid, next_point, open_study, tell
 from fulgurite.testing.postgresql import find_initdb, run_postgresql
 from fulgurite.testing.survival import start_call
 
@@ -316,6 +318,48 @@ def test_two_drivers_share_one_storage(folder):
     assert (folder / "out0" / "trials.csv").read_text() == (
         folder / "out1" / "trials.csv"
     ).read_text()
+
+
+def test_no_two_processes_take_one_trial(folder, monkeypatch):
+    """Each reads the queue before the other has written, unless its transaction is alone."""
+    content, url = read(folder), f"sqlite:///{folder / 'shared.db'}"
+    studies = [open_study(content, url, "x", 0) for _ in range(2)]
+    enqueue_grid(studies[0], content, 2)
+    check = optuna.storages.RDBStorage.check_trial_is_updatable
+
+    def check_slowly(storage, trial_id, state):
+        time.sleep(0.2)  # between reading the state and writing it
+        check(storage, trial_id, state)
+
+    monkeypatch.setattr(optuna.storages.RDBStorage, "check_trial_is_updatable", check_slowly)
+    with ThreadPoolExecutor(2) as pool:
+        numbers = [*pool.map(lambda study: study.ask().number, studies)]
+    assert sorted(numbers) == [0, 1]
+
+
+def test_a_trial_that_another_machine_gave_up_does_not_count(folder):
+    file, url = write(folder, GRID), f"sqlite:///{folder / 'shared.db'}"
+    driver = start(folder, file, "out", url, SLEEP="0.5")
+    wait_until(lambda: len(ran(folder)) == 1)
+    study = optuna.load_study(study_name=None, storage=open_storage(url))
+    tell(study, 0, state=TrialState.FAIL)
+    study.enqueue_trial(study.trials[0].system_attrs["fixed_params"])
+    ended = driver.wait()
+    assert ended.status == 0, ended.output
+    assert "Trial 0 ended here, but another machine had heard nothing of it" in ended.output
+    assert sum(trial.state == TrialState.COMPLETE for trial in study.trials) == 6
+    with pytest.raises(UpdateFinishedTrialError):
+        tell(study, 0, 0.5)
+
+
+def test_trials_that_run_stay_marked_beside_one_that_was_given_up(folder):
+    content = read(folder)
+    study = open_study(content, MEMORY, "x", 0)
+    enqueue_grid(study, content, 2)
+    trials = [next_point(study, content, 2).trial for _ in range(2)]
+    tell(study, 0, state=TrialState.FAIL)
+    TrialWatch(study).mark(trials)
+    assert ["alive" in trial.user_attrs for trial in study.trials] == [False, True]
 
 
 def test_a_silent_machine_loses_its_trials(folder):

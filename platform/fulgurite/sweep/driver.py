@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.exceptions import OptunaError
+from optuna.exceptions import OptunaError, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -48,6 +48,7 @@ from fulgurite.sweep.study import (
     has_queue,
     next_point,
     open_study,
+    tell,
 )
 from fulgurite.sweep.sweep_file import MOST_POINTS, read_sweep
 from fulgurite.systems import name_system
@@ -214,16 +215,24 @@ class _Driver:
             error = error or f"{self.sweep.metric} is not a number"
         elif value == (math.inf if self.sweep.maximize else -math.inf):  # else it were the best
             error = error or f"{self.sweep.metric} is {value}, as after an overflow"
-        trial.set_user_attr(SECONDS, round(seconds, 1))
-        trial.set_user_attr(METRICS, {k: v for k, v in metrics.items() if v == v})
-        ended = self.study.get_trials(deepcopy=False)[trial.number].user_attrs.get(ENDED)
-        if error:
-            trial.set_user_attr(ERROR, error)
-            self.study.tell(trial, state=TrialState.FAIL)
-        elif ended:
-            self.study.tell(trial, state=TrialState.PRUNED)
-        else:
-            self.study.tell(trial, value)
+        try:
+            trial.set_user_attr(SECONDS, round(seconds, 1))
+            trial.set_user_attr(METRICS, {k: v for k, v in metrics.items() if v == v})
+            ended = self.study.get_trials(deepcopy=False)[trial.number].user_attrs.get(ENDED)
+            if error:
+                trial.set_user_attr(ERROR, error)
+                tell(self.study, trial.number, state=TrialState.FAIL)
+            elif ended:
+                tell(self.study, trial.number, state=TrialState.PRUNED)
+            else:
+                tell(self.study, trial.number, value)
+        except UpdateFinishedTrialError:
+            print(
+                f"Trial {trial.number} ended here, but another machine had heard nothing of it for "
+                "too long and runs its point again: that result counts.",
+                flush=True,
+            )
+            return
         self.say(point, error or (f"ended after {ended} values" if ended else ""), value, seconds)
 
     def say(self, point: Point, problem: str, value: float | None, seconds: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import optuna
 from optuna.exceptions import OptunaError
-from sqlalchemy import make_url
+from sqlalchemy import Connection, Engine, event, make_url
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from fulgurite.errors import ConfigError
@@ -48,7 +49,10 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
     try:
         for attempt in itertools.count():
             try:
-                return optuna.storages.RDBStorage(template, engine_kwargs=arguments)
+                storage = optuna.storages.RDBStorage(template, engine_kwargs=arguments)
+                if url.startswith("sqlite"):
+                    _lock_whole_transactions(storage.engine)
+                return storage
             except (SQLAlchemyError, OptunaError) as error:
                 # another machine makes the tables at this moment
                 is_race = isinstance(error, IntegrityError) or "already exists" in str(error)
@@ -63,6 +67,25 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
     except (SQLAlchemyError, OptunaError, RuntimeError, ValueError) as error:
         raise _storage_error(url, error) from error
     raise AssertionError("unreachable")
+
+
+def _lock_whole_transactions(engine: Engine) -> None:
+    """Let each transaction of SQLite write alone from its beginning.
+
+    Optuna reads a trial's state, or the number of trials, and writes the next one. PostgreSQL locks
+    the rows that it read; SQLite locks at the first write, so that two processes would take the
+    same trial from the queue, or give two trials one number.
+    """
+
+    @event.listens_for(engine, "connect")
+    def leave_transactions(connection: sqlite3.Connection, _record: object) -> None:
+        connection.isolation_level = None  # else Python's driver begins them, at the first write
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    engine.dispose()  # connections that are open were not told
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from fulgurite.errors import ConfigError
@@ -44,6 +45,7 @@ __all__ = [
     "load_study",
     "next_point",
     "open_study",
+    "tell",
 ]
 
 ERROR, METRICS, RUN_DIR, SECONDS, VALUES = "error", "metrics", "run_dir", "seconds", "values"
@@ -245,6 +247,30 @@ def next_point(study: optuna.Study, sweep: Sweep, limit: int) -> Point | None:
     return Point(trial, values)
 
 
+def tell(
+    study: optuna.Study, number: int, value: float | None = None, state: TrialState | None = None
+) -> None:
+    """Tell a study how a trial ended.
+
+    Args:
+        study: The study.
+        number: Number of the trial.
+        value: What it reached, where it is complete.
+        state: How it ended, where it is not.
+
+    Raises:
+        UpdateFinishedTrialError: Another process has ended it, such as one that took this one for
+            dead.
+    """
+    try:
+        study.tell(number, value, state)
+    except ValueError as error:
+        trial = study.get_trials(deepcopy=False)[number]
+        if trial.state.is_finished():
+            raise UpdateFinishedTrialError(str(error)) from error
+        raise
+
+
 def counted(trial: FrozenTrial) -> bool:
     """Whether a trial counts: it runs, or it came to a result or to an error of its own.
 
@@ -324,7 +350,8 @@ class TrialWatch:
     def mark(self, trials: Iterable[optuna.Trial]) -> None:
         """Mark trials that run here as alive."""
         for trial in trials:
-            trial.set_user_attr(_ALIVE, time.time())
+            with suppress(UpdateFinishedTrialError):  # given up meanwhile; the others are marked
+                trial.set_user_attr(_ALIVE, time.time())
 
     def running(self) -> list[FrozenTrial]:
         """The trials that run somewhere."""
@@ -334,15 +361,21 @@ class TrialWatch:
         """Give up trials whose process is gone, and queue their points again.
 
         Returns:
-            Numbers of the trials.
+            Numbers of the trials, less those that ended meanwhile.
         """
-        dead = [trial for trial in self.running() if self._is_dead(trial)]
-        for trial in dead:
-            self.study.tell(trial.number, state=TrialState.FAIL)
+        given_up = []
+        for trial in self.running():
+            if not self._is_dead(trial):
+                continue
+            try:
+                tell(self.study, trial.number, state=TrialState.FAIL)
+            except UpdateFinishedTrialError:
+                continue
+            given_up.append(trial.number)
             params = _queued_params(trial)
             if params:
                 self.study.enqueue_trial(params)
-        return [trial.number for trial in dead]
+        return given_up
 
     def _is_dead(self, trial: FrozenTrial) -> bool:
         machine, _, process = str(trial.user_attrs.get(_OWNER, "")).rpartition(" ")
