@@ -385,9 +385,12 @@ def test_secrets_are_masked_in_records_and_logs(place, monkeypatch):
     monkeypatch.setenv("TROUBLE", "off")
     go(file, retry_failed=True)
     contents = {path.name: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
-    del contents["comparison.yaml"]  # the file of the user
     assert not [name for name, content in contents.items() if b"abc123" in content]
     assert b"--token=***" in contents["a__seed=0.json"]
+    assert compare.Comparison.read(Path("out")).results
+    with pytest.raises(ConfigError, match=r"methods\.a\.args\.token was masked when") as error:
+        go("out/comparison.yaml", out="again")
+    assert str(error.value.hint).endswith(f"fulgurite compare {place / 'compare.yaml'}")
 
 
 def test_a_missing_metric_is_a_failure(place):
@@ -476,6 +479,45 @@ def test_only_quick_and_dry_run(place, capsys):
     assert "2 of 2 cells finished" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="method=z"):
         go(file, only=["z"])
+
+
+def would_run(file, capsys, *options, runner="fake_runner:main"):
+    """The commands of a dry run, and what it says of the others."""
+    capsys.readouterr()
+    assert main([file, f"--runner={runner}", "--out=out", "--dry-run", *options]) == 0
+    out, note = capsys.readouterr()
+    return [line.split()[1] for line in out.splitlines()], note.strip()
+
+
+def test_a_dry_run_lists_what_would_run(place, monkeypatch, capsys):
+    one = {"settings": None, "seeds": [0], "args": {"p": 0.5}, "quick": None}
+    methods = {"a": {"args": {"method": "a"}}, "b": {"args": {"method": "b", "trouble": "raise"}}}
+    file = write(place, methods=methods, **one)
+    assert would_run(file, capsys) == (["fit", "test"] * 2, "")
+    go(file)
+    note = "note: 2 of 2 cells have a result, failed, or equal another cell, and would not run."
+    assert would_run(file, capsys) == ([], note)
+    assert would_run(file, capsys, "--retry-failed") == (["fit", "test"], note.replace("2", "1", 1))
+    methods["c"] = {"args": {"method": "a"}}  # which equals a
+    methods["b"]["args"]["method"] = "c"
+    assert would_run(write(place, methods=methods, **one), capsys)[0] == ["fit", "test"]
+    (place / "base.yaml").write_text("model: other\n")
+    assert len(would_run(file, capsys)[0]) == 4  # a and c run once
+    go(file)
+    (place / "base.yaml").write_text("model: some\n")
+    assert would_run(file, capsys)[0] == ["fit", "test"]  # a's comes back from outdated/
+    before = len(runs(place))
+    go(file)
+    assert len(runs(place)) == before + 1  # its fit fails
+
+
+def test_a_dry_run_lists_trainings_once(place, shared, capsys):
+    shared()
+    assert would_run("compare.yaml", capsys, runner="shared_runner:main")[0] == []
+    shared_file = write(
+        place, **{**SHARED, "tests": {"shift": {"key": "shift", "values": [0, 1, 2, 3]}}}
+    )
+    assert would_run(shared_file, capsys, runner="shared_runner:main")[0] == ["test"] * 12
 
 
 def test_two_comparisons_do_not_share_a_folder(place):

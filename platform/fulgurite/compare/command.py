@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from fulgurite.clusters.engines import Engine, add_engine_options
 from fulgurite.compare.comparison import Comparison
-from fulgurite.compare.driver import check_trials, find_folder, run, select_part, select_trials
+from fulgurite.compare.driver import (
+    check_trials,
+    find_folder,
+    run,
+    select_part,
+    select_trials,
+    select_unfinished,
+)
 from fulgurite.compare.identity import RUNNER
 from fulgurite.compare.merge import merge
 from fulgurite.compare.plan import ComparisonPlan
 from fulgurite.compare.plan_file import read_plan
 from fulgurite.compare.shards import parse_shard
-from fulgurite.compare.trainings import link_origins
+from fulgurite.compare.trainings import link_origins, read_metrics
 from fulgurite.compare.trial import LAST_CHECKPOINT, Trial
 from fulgurite.errors import ConfigError
 
@@ -127,9 +135,14 @@ def _print_commands(options: argparse.Namespace) -> None:
     part = select_part(plan, options.only or [])
     shard = None if options.shard is None else parse_shard(options.shard)
     folder = find_folder(options.file, plan, out=options.out, quick=options.quick)
-    trials = select_trials(check_trials(plan, options.runner), part, shard)
-    for command in _commands(trials, plan, folder):
+    every = check_trials(plan, options.runner)
+    trials = select_trials(every, part, shard)
+    to_run = select_unfinished(every, trials, folder, options.retry_failed)
+    for command in _commands(to_run, plan, folder):
         print("fulgurite", shlex.join(command))
+    if len(to_run) < len(trials):
+        known = f"{len(trials) - len(to_run)} of {len(trials)} cells have a result"
+        print(f"note: {known}, failed, or equal another cell, and would not run.", file=sys.stderr)
 
 
 def _commands(trials: Sequence[Trial], plan: ComparisonPlan, folder: Path) -> list[list[str]]:
@@ -139,15 +152,18 @@ def _commands(trials: Sequence[Trial], plan: ComparisonPlan, folder: Path) -> li
         return [c for trial, run_dir in run_dirs for c in trial.commands(run_dir, plan.after_fit)]
     trainings: dict[str, list[list[str]]] = {}
     tests = []
+    root = folder / "trainings"
     for trial in trials:
-        for training in link_origins(trial, plan, folder / "trainings"):
-            run_dir = folder / "trainings" / training.key
+        for training in link_origins(trial, plan, root):
+            run_dir = root / training.key
             checkpoint = ["--ckpt_path", str(run_dir / LAST_CHECKPOINT)]
             training_dir = ["--run.dir", str(run_dir)]
-            steps = trainings[training.key] = [["fit", *training.fit, *training_dir]]
-            if training.predict is not None:
-                steps.append(["predict", *training.predict, *checkpoint, *training_dir])
-            if plan.tune:
+            steps = trainings[training.key] = []
+            if read_metrics(root, training.key) is None:
+                steps.append(["fit", *training.fit, *training_dir])
+                if training.predict is not None:
+                    steps.append(["predict", *training.predict, *checkpoint, *training_dir])
+            if plan.tune and read_metrics(root, training.validation_key) is None:
                 steps.append(["validate", *training.validate, *checkpoint, *training_dir])
             cell_dir = ["--run.dir", str(folder / "cells" / trial.id)]
             tests.append([str(plan.after_fit), *training.test, *cell_dir, *checkpoint])

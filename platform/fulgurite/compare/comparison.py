@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from fulgurite.compare.plan import ComparisonMethod, ComparisonPlan
+from fulgurite.compare.plan import OPTION_KEYS, ComparisonMethod, ComparisonPlan
 from fulgurite.compare.plan_file import read_plan
 from fulgurite.compare.records import Record, read_record
 from fulgurite.compare.stats import (
@@ -27,6 +27,7 @@ from fulgurite.compare.stats import (
 from fulgurite.compare.trial import Setting, setting_label, trial_id
 from fulgurite.errors import ConfigError
 from fulgurite.io import write_text
+from fulgurite.masking import masked
 
 __all__ = ["MARKS", "PLAN_FILE", "Comparison", "Entry", "count_digits"]
 
@@ -101,8 +102,10 @@ class Comparison:
         )
 
     def save_plan(self) -> None:
-        """Write the plan, so that ``fulgurite report`` needs nothing but the folder."""
-        text = yaml.safe_dump(self.plan.to_dict(), sort_keys=False, allow_unicode=True)
+        """Write the plan without secrets, so that ``fulgurite report`` needs the folder alone."""
+        content = self.plan.to_dict()
+        content |= {key: masked(content[key]) for key in OPTION_KEYS}
+        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         write_text(self.folder / PLAN_FILE, text)
 
     @property

@@ -15,7 +15,7 @@ from fulgurite.compare.devices import device_groups, visible_devices
 from fulgurite.compare.folder_lock import lock_briefly, lock_folder
 from fulgurite.compare.hashing import digest
 from fulgurite.compare.identity import RUNNER, Resolver
-from fulgurite.compare.plan import ComparisonPlan
+from fulgurite.compare.plan import OPTION_KEYS, ComparisonPlan
 from fulgurite.compare.plan_file import find_config, read_plan
 from fulgurite.compare.pool import WorkerPool, run_jobs
 from fulgurite.compare.progress import show_progress
@@ -30,9 +30,17 @@ from fulgurite.compare.watch import ConfigWatch
 from fulgurite.compare.worker import Job
 from fulgurite.compare.workers import Workers
 from fulgurite.errors import ConfigError
+from fulgurite.masking import masked_names
 from fulgurite.systems import name_system
 
-__all__ = ["check_trials", "find_folder", "run", "select_part", "select_trials"]
+__all__ = [
+    "check_trials",
+    "find_folder",
+    "run",
+    "select_part",
+    "select_trials",
+    "select_unfinished",
+]
 
 
 def run(
@@ -123,6 +131,22 @@ def select_trials(
     return selected if shard is None else select_shard(selected, shard, part)
 
 
+def select_unfinished(
+    trials: Sequence[Trial], selected: Sequence[Trial], folder: Path, retry_failed: bool
+) -> list[Trial]:
+    """The trials that :func:`run` would run, each of those that are equal once; nothing is written.
+
+    Args:
+        trials: All trials of the comparison.
+        selected: Those of them that are to have a result.
+        folder: Folder of records and tables.
+        retry_failed: Whether failed trials are run again.
+    """
+    records, every = TrialRecords(folder), _by_digest(trials)
+    todo = [t for t in selected if records.will_run(t, every[t.digest], retry_failed)]
+    return [same[0] for same in _by_digest(todo).values()]
+
+
 def _run_trials(
     trials: Sequence[Trial], trainings: Trainings, records: TrialRecords, *, finished: int
 ) -> None:
@@ -199,9 +223,16 @@ def check_trials(plan: ComparisonPlan, runner: str) -> list[Trial]:
     """The trials by what they run, which takes some tenths of a second for each command.
 
     Raises:
-        ConfigError: An option of a command is wrong.
+        ConfigError: An option of a command is wrong, or its value was masked.
     """
     from rich.console import Console
+
+    content = plan.to_dict()
+    if hidden := masked_names({key: content[key] for key in OPTION_KEYS}):
+        raise ConfigError(
+            f"The value of {', '.join(hidden)} was masked when the comparison was recorded.",
+            f"Run the file that it was recorded from: fulgurite compare {plan.source}",
+        )
 
     with Console(stderr=True).status("Checking every option …"):
         return define_trials(plan, Resolver(runner))

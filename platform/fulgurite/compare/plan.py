@@ -24,6 +24,7 @@ from fulgurite.compare.trial import LAST_CHECKPOINT, Setting, Trial, setting_lab
 from fulgurite.errors import ConfigError
 
 __all__ = [
+    "OPTION_KEYS",
     "ComparisonMethod",
     "ComparisonPlan",
     "Tune",
@@ -322,6 +323,10 @@ class ComparisonPlan:
             **({"resources": vars(self.resources)} if self.resources else {}),
             "source": self.source,
         }
+
+
+OPTION_KEYS = ("methods", "settings", "args", "tests", "tune")
+"""Keys of the file under which options of commands stand."""
 
 
 def settings_of(axes: Axes) -> list[Setting]:

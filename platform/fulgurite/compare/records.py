@@ -80,6 +80,23 @@ class TrialRecords:
             return False
         return retry_failed or not self.failed_path(trial.id).is_file()
 
+    def will_run(self, trial: Trial, equals: Sequence[Trial], retry_failed: bool) -> bool:
+        """Whether a command would run a trial, once outdated records have been set aside.
+
+        Args:
+            trial: The trial.
+            equals: The trials that run the same, itself included, whose result it would take.
+            retry_failed: Whether failed trials are run again.
+        """
+        aside = self.folder / "outdated"
+        for same in equals:
+            paths = (self.result_path(same.id), aside / outdated_name(same.id, same.digest))
+            if any(_is_result_of(path, same) for path in paths):
+                return False
+        failed = self.failed_path(trial.id)
+        record = read_record(failed) if failed.is_file() else None
+        return retry_failed or record is None or record["digest"] != trial.digest
+
     def archive_outdated(self, trials: Sequence[Trial]) -> None:
         """Move records of what is no longer run to ``outdated/``, and back what is run again."""
         reasons: Counter[str] = Counter()
@@ -105,10 +122,8 @@ class TrialRecords:
 
     def _take_back(self, archived: Path, trial: Trial) -> bool:
         """Move an archived result back to where it counts, if it is one of the trial as it is."""
-        record = read_record(archived, trial.id) if archived.is_file() else None
-        valid = record and "error" not in record and record["digest"] == trial.digest
         path = self.result_path(trial.id)
-        if not valid or path.exists():
+        if not _is_result_of(archived, trial) or path.exists():
             return False
         path.parent.mkdir(exist_ok=True)
         archived.replace(path)
@@ -172,6 +187,12 @@ class TrialRecords:
                 shutil.copyfile(log, failed.with_suffix(".log"))
                 if result.id == trial.id:
                     log.unlink()
+
+
+def _is_result_of(path: Path, trial: Trial) -> bool:
+    """Whether a file is the record of a finished trial as it is now."""
+    record = read_record(path, trial.id) if path.is_file() else None
+    return record is not None and "error" not in record and record["digest"] == trial.digest
 
 
 def _reason(record: dict[str, Any] | None, trial: Trial) -> str:

@@ -16,7 +16,7 @@ from fulgurite.compare.worker import Job
 from fulgurite.masking import masked_arguments
 from fulgurite.run_folders import write_json
 
-__all__ = ["Trainings", "link_origins"]
+__all__ = ["Trainings", "link_origins", "read_metrics"]
 
 Step = Literal["training", "validation"]
 
@@ -109,16 +109,8 @@ class Trainings:
             commands.append(["predict", *training.predict, *checkpoint])
         return training.key, commands
 
-    def _record(self, name: str) -> Path:
-        return self.folder / f"{name}.json"
-
     def _metrics(self, name: str) -> dict[str, float] | None:
-        """What the record of a training or validation says; None without a record."""
-        try:
-            record = json.loads(self._record(name).read_text(encoding="utf-8"))
-            return {str(key): float(value) for key, value in record["metrics"].items()}
-        except UNREADABLE:
-            return None
+        return read_metrics(self.folder, name)
 
     def _complete(self, step: Step, trainings: Iterable[tuple[str, Training]]) -> None:
         """Run what has no record yet."""
@@ -143,7 +135,7 @@ class Trainings:
                 "metrics": result.metrics,
                 "seconds": round(result.seconds, 3),
             }
-            write_json(self._record(result.id), record)
+            write_json(_record_path(self.folder, result.id), record)
 
     def _choose(self, name: str, trainings: Sequence[Training]) -> TrialResult:
         """The best of a trial's trainings, or why there is none."""
@@ -164,17 +156,29 @@ class Trainings:
         return TrialResult(name, self._metrics(best.key) or {}, training=best)
 
     def _score(self, training: Training) -> float:
-        if self.plan.tune is None:
-            return 0.0
-        metrics = self._metrics(training.validation_key) or {}
-        value = metrics.get(self.plan.tune.metric, math.nan)
-        if math.isnan(value):
-            return -math.inf
-        return value if self.plan.tune.mode == "max" else -value
+        return _score(training, self.plan, self.folder)
+
+
+def read_metrics(folder: Path, name: str) -> dict[str, float] | None:
+    """What the record of a training or validation says; None without a record.
+
+    Args:
+        folder: Where trainings are kept.
+        name: Key of the training or of its validation.
+    """
+    try:
+        record = json.loads(_record_path(folder, name).read_text(encoding="utf-8"))
+        return {str(key): float(value) for key, value in record["metrics"].items()}
+    except UNREADABLE:
+        return None
+
+
+def _record_path(folder: Path, name: str) -> Path:
+    return folder / f"{name}.json"
 
 
 def link_origins(trial: Trial, plan: ComparisonPlan, folder: Path) -> list[Training]:
-    """The trainings of a trial after each one that they may start from.
+    """The trainings of a trial, after the one that they start from, or each that may be chosen.
 
     Args:
         trial: The trial.
@@ -184,11 +188,31 @@ def link_origins(trial: Trial, plan: ComparisonPlan, folder: Path) -> list[Train
     after = plan.methods[trial.method].after
     if trial.origin is None or after is None:
         return [*trial.trainings]
+    starts = link_origins(trial.origin, plan, folder)
+    records = {key for start in starts for key in _record_keys(start, plan)}
+    if all(read_metrics(folder, key) is not None for key in records):
+        starts = [max(starts, key=lambda start: _score(start, plan, folder))]
     return [
         training.starting_from(f"--{after.key}={folder / start.key / after.path}", start.key)
-        for start in link_origins(trial.origin, plan, folder)
+        for start in starts
         for training in trial.trainings
     ]
+
+
+def _record_keys(training: Training, plan: ComparisonPlan) -> list[str]:
+    """Under what the training is recorded, and its validation where one decides."""
+    return [training.key, training.validation_key] if plan.tune else [training.key]
+
+
+def _score(training: Training, plan: ComparisonPlan, folder: Path) -> float:
+    """How good the validation of a training was; what is higher is chosen."""
+    if plan.tune is None:
+        return 0.0
+    metrics = read_metrics(folder, training.validation_key) or {}
+    value = metrics.get(plan.tune.metric, math.nan)
+    if math.isnan(value):
+        return -math.inf
+    return value if plan.tune.mode == "max" else -value
 
 
 def _last_checkpoint(run_dir: Path) -> Path:
