@@ -48,6 +48,8 @@ from fulgurite.sweep.study import (
     has_queue,
     next_point,
     open_study,
+    retry_failed_trials,
+    select_counted,
     tell,
 )
 from fulgurite.sweep.sweep_file import MOST_POINTS, read_sweep
@@ -68,6 +70,7 @@ def run(
     out: str | None = None,
     name: str | None = None,
     seed: int = 0,
+    retry_failed: bool = False,
     runner: str = RUNNER,
 ) -> optuna.Study:
     """Run the trials of a sweep that are not finished, and write what came out.
@@ -83,6 +86,7 @@ def run(
         out: Folder of results; the default is under ``sweep_results/``.
         name: Name of the study in the storage; the default is the file's system and name.
         seed: Seed of random and Bayesian search.
+        retry_failed: Run the points of trials that failed for a reason of their own again.
         runner: ``module:function`` that runs a command line (another one in tests).
 
     Returns:
@@ -118,6 +122,8 @@ def run(
         with set_variables({STORAGE_VARIABLE: url}), driver.beating():
             if sweep.method == "grid":
                 enqueue_grid(study, sweep, limit)
+            if retry_failed and (numbers := retry_failed_trials(study)):
+                print(f"Trials {', '.join(map(str, numbers))} failed; their points are run again.")
             try:
                 groups = device_groups(visible_devices(_gpu_count()), 1)
                 with WorkerPool(workers, runner, groups) as pool:
@@ -330,6 +336,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", help="folder of results (default: sweep_results/SYSTEM-FILE)")
     parser.add_argument("--name", help="name of the study in the storage")
     parser.add_argument("--seed", type=int, default=0, help="seed of random and bayes")
+    parser.add_argument(
+        "--retry-failed", "--retry_failed", action="store_true", help="run failed trials again"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check and print ten points")
     parser.add_argument("--runner", default=RUNNER, help=argparse.SUPPRESS)
     options: dict[str, Any] = vars(parser.parse_args(argv))
@@ -338,9 +347,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _print_commands(read_sweep(options["file"]), options["seed"], options["runner"])
     study = run(options.pop("file"), **options)
     url = options["storage"]
-    failed = [t for t in study.get_trials(deepcopy=False) if t.user_attrs.get(ERROR)]
+    counted = select_counted(study.get_trials(deepcopy=False))
+    failed = [trial for trial in counted if trial.user_attrs.get(ERROR)]
     for trial in failed[:10]:
         print(f"trial {trial.number} failed: {trial.user_attrs[ERROR]}")
+    if failed:
+        print("The same command with --retry-failed runs them again.")
     if url:
         print(f"Study: {study.study_name} in {hide_password(url)}")
     return 1 if failed else 0

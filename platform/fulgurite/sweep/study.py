@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,6 @@ __all__ = [
     "Point",
     "TrialWatch",
     "as_choice",
-    "counted",
     "counted_trials",
     "distribution_of_values",
     "enqueue_grid",
@@ -45,13 +44,15 @@ __all__ = [
     "load_study",
     "next_point",
     "open_study",
+    "retry_failed_trials",
+    "select_counted",
     "tell",
 ]
 
 ERROR, METRICS, RUN_DIR, SECONDS, VALUES = "error", "metrics", "run_dir", "seconds", "values"
 """Attributes of a trial."""
 
-_ALIVE, _OWNER = "alive", "owner"
+_ALIVE, _OWNER, _RETRIES = "alive", "owner", "retries"
 
 _CONTENT, _RULE = "sweep", "early_terminate"  # attributes of a study
 
@@ -225,11 +226,11 @@ def next_point(study: optuna.Study, sweep: Sweep, limit: int) -> Point | None:
     trial = study.ask()
     trial.set_user_attr(_OWNER, _owner())
     trials = study.get_trials(deepcopy=False)  # by number
-    earlier = trials[: trial.number]
+    earlier = [t for t in select_counted(trials) if t.number < trial.number]
     queued = trials[trial.number].system_attrs.get("fixed_params")
-    superfluous = sum(map(counted, earlier)) >= limit
+    superfluous = len(earlier) >= limit
     if sweep.method == "grid":
-        twice = any(counted(t) and _queued_params(t) == queued for t in earlier)
+        twice = any(_queued_params(t) == queued for t in earlier)
         superfluous = superfluous or twice or not queued
     if superfluous:
         study.tell(trial, state=TrialState.FAIL)
@@ -271,19 +272,43 @@ def tell(
         raise
 
 
-def counted(trial: FrozenTrial) -> bool:
-    """Whether a trial counts: it runs, or it came to a result or to an error of its own.
+def select_counted(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The trials that count: they run, or came to a result or to an error of their own.
 
-    Those that do not wait, or were cut short and are repeated by another.
+    Those that do not wait, were cut short and are repeated by another, or failed and are retried.
+
+    Args:
+        trials: All trials of a study.
     """
-    if trial.state == TrialState.FAIL:
-        return ERROR in trial.user_attrs
-    return trial.state != TrialState.WAITING
+    retried = {trial.user_attrs.get(_RETRIES) for trial in trials}
+    failed, waiting = TrialState.FAIL, TrialState.WAITING
+    return [
+        trial
+        for trial in trials
+        if trial.state != waiting
+        and (trial.state != failed or (ERROR in trial.user_attrs and trial.number not in retried))
+    ]
 
 
 def counted_trials(study: optuna.Study) -> int:
     """How many trials count."""
-    return sum(map(counted, study.get_trials(deepcopy=False)))
+    return len(select_counted(study.get_trials(deepcopy=False)))
+
+
+def retry_failed_trials(study: optuna.Study) -> list[int]:
+    """Queue the points of trials that failed again.
+
+    Args:
+        study: The study.
+
+    Returns:
+        Numbers of the trials.
+    """
+    counted = select_counted(study.get_trials(deepcopy=False))
+    failed = [trial for trial in counted if trial.state == TrialState.FAIL]
+    for trial in failed:
+        study.enqueue_trial(_queued_params(trial), user_attrs={_RETRIES: trial.number})
+    return [trial.number for trial in failed]
 
 
 def has_queue(study: optuna.Study) -> bool:
