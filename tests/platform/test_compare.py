@@ -29,6 +29,7 @@ from fulgurite.compare.plan_file import read_plan
 from fulgurite.compare.records import read_record
 from fulgurite.compare.stats import holm, mean_std, paired, quantile
 from fulgurite.compare.trials import define_trials
+from fulgurite.compare.worker import Job, execute_job
 from fulgurite.errors import ConfigError
 from fulgurite.plotting import new_figure
 
@@ -920,6 +921,19 @@ def test_a_folder_that_cannot_be_written_is_one_line(place, monkeypatch, capsys)
 
     monkeypatch.setattr("fulgurite.compare.records.write_json", full)
     assert "No space left on device" in says("--out=other")
+
+
+@pytest.mark.parametrize(
+    ("log", "says"),
+    [("/dev/full", "No space left on device"), ("base.yaml/a.log", "File exists")],
+)
+def test_a_log_that_cannot_be_written_fails_its_job_alone(place, capfd, log, says):
+    job = Job("a", [["fit", "--run.dir=a"]], place / "a", log=Path(log), metric=None)
+    stdout = os.fstat(1)
+    with capfd.disabled():  # whose sys.stdout is no file that the log replaces
+        result = execute_job(job, "fake_runner:main")
+    assert result.error == f"its log {log} cannot be written ({says})"
+    assert os.fstat(1) == stdout
 
 
 def test_only_shows_what_it_names(place, capsys):

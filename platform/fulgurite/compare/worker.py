@@ -69,34 +69,50 @@ def serve(connection: Any, runner: str) -> None:
 
 
 def execute_job(job: Job, runner: str) -> TrialResult:
-    """Run the commands of a job with the output in its log; no exception leaves."""
+    """Run the commands of a job with the output in its log; no exception leaves.
+
+    Args:
+        job: The job.
+        runner: ``module:function`` that takes a command line and returns an exit code.
+    """
     start = time.monotonic()
     error, metrics = "", {}
-    with _output_in(job.log):
-        try:
-            module, _, function = runner.partition(":")
-            main = getattr(importlib.import_module(module), function)
-            _one_thread()
-            for command in job.commands:
-                print("$ fulgurite", *masked_arguments(command), flush=True)
-                code = main(list(command))
-                if code:
-                    error = f"`fulgurite {command[0]}` ended with exit status {code}"
-                    error += _last_error(job.log)
-                    break
-            else:
-                metrics = read_metrics(job.run_dir)
-                if job.metric and job.metric not in metrics:
-                    error = f"the run has no metric {job.metric!r} (it has: {', '.join(metrics)})"
-        except SystemExit as leave:
-            error = f"the command line ended with exit status {leave.code}"
-        except BaseException as problem:  # one job must not end the others
-            traceback.print_exc()
-            error = f"{type(problem).__name__}: {problem}"
-        if error:
-            print(f"failed: {error}", file=sys.stderr, flush=True)
-        _tidy()
+    try:
+        with _output_in(job.log):
+            error, metrics = _run_commands(job, runner)
+            if error:
+                print(f"failed: {error}", file=sys.stderr, flush=True)
+            _tidy()
+    except OSError as problem:  # such as a full disk
+        error = error or f"its log {job.log} cannot be written ({problem.strerror or problem})"
     return TrialResult(job.id, metrics, error, time.monotonic() - start)
+
+
+def _run_commands(job: Job, runner: str) -> tuple[str, dict[str, float]]:
+    """Why a job failed, empty if it did not, and the metrics of its run.
+
+    Raises:
+        OSError: The output cannot be written.
+    """
+    try:
+        module, _, function = runner.partition(":")
+        main = getattr(importlib.import_module(module), function)
+        _one_thread()
+        for command in job.commands:
+            print("$ fulgurite", *masked_arguments(command), flush=True)
+            code = main(list(command))
+            if code:
+                error = f"`fulgurite {command[0]}` ended with exit status {code}"
+                return error + _last_error(job.log), {}
+        metrics = read_metrics(job.run_dir)
+        if job.metric and job.metric not in metrics:
+            return f"the run has no metric {job.metric!r} (it has: {', '.join(metrics)})", metrics
+    except SystemExit as leave:
+        return f"the command line ended with exit status {leave.code}", {}
+    except BaseException as problem:  # one job must not end the others
+        traceback.print_exc()
+        return f"{type(problem).__name__}: {problem}", {}
+    return "", metrics
 
 
 def _last_error(log: Path) -> str:
@@ -152,8 +168,9 @@ def _output_in(log: Path) -> Iterator[None]:
                 os.dup2(file.fileno(), stream)
             yield
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for output in (sys.stdout, sys.stderr):
+                with suppress(OSError):  # of a full disk, which the job has met by then
+                    output.flush()
             for stream, copy in saved:
                 os.dup2(copy, stream)
                 os.close(copy)
