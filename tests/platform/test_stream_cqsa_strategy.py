@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from fulgurite.attention import InCore, Streamed
+from fulgurite.attention.backend import backend_slots
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.strategies import OffloadOptions, StreamCQSAStrategy, offloading
 from fulgurite.strategies.interception import streamed_sdpa
@@ -185,6 +186,17 @@ def test_activations_may_wait_elsewhere(tmp_path, where, monkeypatch):
     assert not list(tmp_path.glob(".saved-*"))
 
 
+def test_what_waits_here_must_not_change_meanwhile():
+    x = torch.ones(9, requires_grad=True)
+    with offloading.saved_on_host():
+        doubled = x.sigmoid().mul_(2).sum()  # a sigmoid's gradient needs its result
+        product = torch.eye(3).to_sparse() @ x.view(3, 3)
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation.*\(9,\)"):
+        doubled.backward()
+    product.sum().backward()
+    assert torch.equal(x.grad, torch.ones(9))
+
+
 def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -303,7 +315,7 @@ def test_batches_may_be_left_out(tmp_path):
         OffloadOptions("nonsense")
 
 
-class ModuleBackend(nn.Module):
+class ModuleBackend(nn.Module, InCore):
     """A backend of the user that is a module."""
 
     def forward(self, query, key, value, **options):
@@ -318,6 +330,58 @@ def test_a_backend_that_is_a_module_comes_back(tmp_path):
     assert strategy.backend.calls > 0
     assert layer.attention_backend is backend
     assert dict(layer.named_children())["attention_backend"] is backend
+
+
+class ReluAttention:
+    """A backend of the user that is no softmax attention."""
+
+    def __call__(self, query, key, value, *, is_causal):
+        return (query @ key.repeat_interleave(2, 1).mT).relu() @ value.repeat_interleave(2, 1)
+
+
+class ClassBackend(OwnAttention):
+    """Has the backend of its class."""
+
+    def __init__(self):
+        super().__init__()
+        del self.attention_backend
+
+    attention_backend = InCore()
+
+
+class FixedBackend(nn.Module):
+    @property
+    def attention_backend(self):
+        return InCore()
+
+
+def test_other_backends_are_refused_by_name(tmp_path):
+    layer = OwnAttention()
+    layer.attention_backend = ReluAttention()
+    with pytest.raises(ConfigError, match=r"OwnAttention\.attention_backend is ReluAttention"):
+        trained(tmp_path, Model(layer), StreamCQSAStrategy("16KiB"))
+    layer.attention_backend = "flash"  # as other libraries have it
+    assert list(backend_slots(layer)) == []
+
+
+def test_a_backend_of_a_class_comes_back_and_a_property_is_refused(tmp_path):
+    layer, strategy = ClassBackend(), StreamCQSAStrategy("16KiB")
+    trained(tmp_path, Model(layer), strategy, max_steps=1)
+    assert strategy.backend.calls > 0
+    assert "attention_backend" not in vars(layer)
+    with pytest.raises(ConfigError, match=r"FixedBackend\.attention_backend cannot be set"):
+        trained(tmp_path, Model(FixedBackend()), StreamCQSAStrategy("16KiB"))
+
+
+def test_each_kind_of_step_is_looked_at(tmp_path):
+    class Both(Model):
+        def training_step(self, batch, index):
+            if self.training:
+                batch = batch + (batch @ batch.mT).softmax(-1) @ batch
+            return super().training_step(batch, index)
+
+    with pytest.warns(UserWarning, match=r"streamed 1 of 2 calls .* those of the model itself"):
+        trained(tmp_path, Both(OwnAttention()), StreamCQSAStrategy("16KiB"), max_steps=1)
 
 
 def test_a_hint_that_is_not_the_mask_is_not_followed():

@@ -158,3 +158,19 @@ def test_windows_without_a_mask_are_those_of_flash_attention():
     ids = (torch.arange(12) >= 5).long()
     expected = F.scaled_dot_product_attention(query, query, query, ids[:, None] == ids)
     torch.testing.assert_close(out.transpose(1, 2), expected)
+
+
+def test_an_attention_of_the_user_is_refused_by_name():
+    from transformers import AttentionInterface, LlamaConfig, LlamaModel
+
+    def relu_attention(module, query, key, value, attention_mask, **options):
+        return (query @ key.mT).relu() @ value, None
+
+    AttentionInterface.register("relu_of_a_test", relu_attention)
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, attn_implementation="relu_of_a_test",
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="LlamaConfig asks for the attention 'relu_of_a_test'"):
+        TransformersAttention(Streamed(), "test").install(LlamaModel(config))
+    assert config._attn_implementation == "relu_of_a_test"

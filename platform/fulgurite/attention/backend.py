@@ -34,6 +34,9 @@ __all__ = ["AttentionBackend", "Documents", "InCore", "Streamed", "backend_slots
 class AttentionBackend(Protocol):
     """Computes attention.
 
+    Strategies replace :class:`InCore`, classes that inherit from it, and :class:`Streamed`; any
+    other backend may compute something else, and is refused by name.
+
     Shape:
         - query (B, H, M, D); key, value (B, G, N, D), G a divisor of H -> (B, H, M, D)
     """
@@ -201,10 +204,12 @@ class Streamed:
 def backend_slots(module: nn.Module) -> Iterator[nn.Module]:
     """The submodules that let their attention be chosen.
 
+    An attribute of this name that cannot be called is another library's, such as a text.
+
     Example:
         >>> list(backend_slots(nn.Linear(1, 1)))
         []
     """
     for part in module.modules():
-        if hasattr(part, "attention_backend"):
+        if callable(getattr(part, "attention_backend", None)):
             yield part

@@ -19,15 +19,27 @@ __all__ = ["exchange_attribute", "streamed_sdpa"]
 
 
 def exchange_attribute(module: nn.Module, name: str, value: object) -> Callable[[], None]:
-    """Put a value in place of an attribute, which may be a module; return what puts it back."""
+    """Put a value in place of an attribute, which may be a module; return what puts it back.
+
+    Raises:
+        ConfigError: The attribute cannot be set, as a property.
+    """
     before = getattr(module, name)
+    is_own = name in vars(module) or name in module._modules  # else it is the class's
 
     def put(new: object) -> None:
-        delattr(module, name)  # a module keeps modules elsewhere than other values
+        if name in vars(module) or name in module._modules:
+            delattr(module, name)  # a module keeps modules elsewhere than other values
         setattr(module, name, new)
 
-    put(value)
-    return lambda: put(before)
+    try:
+        put(value)
+    except AttributeError as error:
+        raise ConfigError(
+            f"{type(module).__name__}.{name} cannot be set ({error}).",
+            f"Make it an attribute: self.{name} = InCore() in __init__.",
+        ) from error
+    return lambda: put(before) if is_own else delattr(module, name)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,22 +78,41 @@ def saved_on_host(keep: Iterable[Tensor] = ()) -> Iterator[None]:
         yield
 
 
+class _Kept(NamedTuple):
+    """What stays where it is, and the version in which it was saved."""
+
+    tensor: Tensor
+    version: int
+
+
+class _Moved(NamedTuple):
+    """A copy elsewhere, and the device to which it comes back."""
+
+    device: torch.device
+    tensor: Tensor
+
+
 @contextmanager
 def _save_moved(move: Callable[[Tensor], Tensor], keep: Iterable[Tensor]) -> Iterator[None]:
     """Let autograd save what a function gives for large tensors that are not kept."""
     kept_storages = {tensor.untyped_storage().data_ptr() for tensor in keep}
 
-    def pack(tensor: Tensor) -> Any:
-        small = tensor.nbytes < SMALLEST_SIZE
-        if small or tensor.untyped_storage().data_ptr() in kept_storages or tensor.is_sparse:
-            return tensor
-        return tensor.device, move(tensor)
+    def pack(tensor: Tensor) -> _Kept | _Moved:
+        is_small = tensor.layout != torch.strided or tensor.nbytes < SMALLEST_SIZE
+        if is_small or tensor.untyped_storage().data_ptr() in kept_storages:
+            return _Kept(tensor, tensor._version)
+        return _Moved(tensor.device, move(tensor))
 
-    def unpack(packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        device, moved = packed
-        return moved.to(device, non_blocking=moved.is_pinned())  # type: ignore[no-any-return]
+    def unpack(packed: _Kept | _Moved) -> Tensor:
+        if isinstance(packed, _Moved):
+            return packed.tensor.to(packed.device, non_blocking=packed.tensor.is_pinned())
+        if packed.tensor._version != packed.version:  # autograd does not look, where hooks are
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an "
+                f"inplace operation: a tensor of shape {tuple(packed.tensor.shape)} is at version "
+                f"{packed.tensor._version}; expected version {packed.version} instead."
+            )
+        return packed.tensor
 
     with saved_tensors_hooks(pack, unpack):
         yield

@@ -16,8 +16,9 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.nn import functional as F
 
-from fulgurite.attention import Streamed
+from fulgurite.attention import InCore, Streamed
 from fulgurite.attention.backend import backend_slots
 from fulgurite.attention.budget import Budget, parse_budget
 from fulgurite.attention.kernel_choice import kernel_for
@@ -88,13 +89,31 @@ class _StreamingOptions:
         kernel_for(torch.device("cpu"), torch.float32, prefer=self.kernel)
 
 
+def _check_backend(part: nn.Module) -> None:
+    """Refuse to replace a backend that may compute something else.
+
+    Raises:
+        ConfigError: The backend is neither PyTorch's attention nor streamed.
+    """
+    backend: object = part.attention_backend
+    is_exact = isinstance(backend, InCore | Streamed) or backend is F.scaled_dot_product_attention
+    if not is_exact:
+        raise ConfigError(
+            f"{type(part).__name__}.attention_backend is "
+            f"{getattr(backend, '__name__', type(backend).__name__)}, which may compute something "
+            "else than streamed attention does.",
+            "If it is softmax attention, let its class inherit from fulgurite.attention.InCore; "
+            "else use --trainer.strategy=auto.",
+        )
+
+
 class _StreamsAttention(Strategy):
     """Puts a backend in place of a model's attention while a run lasts."""
 
     backend: Streamed
     options: _StreamingOptions
     _undo: list[Callable[[], None]]
-    _is_counted: bool
+    _counted_steps: set[str]
 
     def _prepare(self, options: _StreamingOptions, *, distributed: bool) -> None:
         """Keep the options."""
@@ -103,7 +122,7 @@ class _StreamsAttention(Strategy):
             options.memory_budget, options.schedule, distributed=distributed,
             check_finite=options.check_finite, kernel=options.kernel,
         )  # fmt: skip
-        self._undo, self._is_counted = [], False
+        self._undo, self._counted_steps = [], set()
 
     def setup(self, trainer: Trainer) -> None:
         """Put the backend in place, after the model has moved."""
@@ -119,6 +138,7 @@ class _StreamsAttention(Strategy):
 
     def _install(self, model: nn.Module) -> None:
         for part in list(backend_slots(model)):
+            _check_backend(part)
             self._undo.append(exchange_attribute(part, "attention_backend", self.backend))
         if "transformers" in sys.modules:  # else no part of the model is from there
             self._undo += TransformersAttention(self.backend, _NAME).install(model)
@@ -168,21 +188,21 @@ class _StreamsAttention(Strategy):
     def _watch_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a step, and refuse it if no attention was streamed; name what of it was not.
 
-        All steps are looked at with ``strict``, else the first in which attention is streamed. A
-        step that returns None may have skipped its batch.
+        All steps are looked at with ``strict``, else of each kind (training, validation, …) the
+        first in which attention is streamed. A step that returns None may have skipped its batch.
 
         Raises:
             ConfigError: The backend was not called, or not always, and ``strict`` is set.
         """
         before = self.backend.calls
         assert self.lightning_module is not None
-        if self._is_counted and not self.options.strict:
+        if step.__name__ in self._counted_steps and not self.options.strict:
             result = step(*args, **kwargs)
         else:
             with take_census(self.lightning_module, self.backend) as census:
                 result = step(*args, **kwargs)
             if self.backend.calls > before:
-                self._is_counted = True
+                self._counted_steps.add(step.__name__)
                 self._report(census.unstreamed, self.backend.calls - before)
         if self.backend.calls == before and result is not None:
             names = unreachable_models(self.lightning_module)

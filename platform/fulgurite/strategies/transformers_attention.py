@@ -36,6 +36,12 @@ _HARMLESS = frozenset({
 })  # fmt: skip
 
 
+# Modules of transformers.integrations whose functions compute attention as streamed attention does
+_EXACT = frozenset({
+    "eager_paged", "flash_attention", "flash_paged", "flex_attention", "sdpa_attention",
+    "sdpa_paged",
+})  # fmt: skip
+
 _NUMBERS = itertools.count(1)
 
 
@@ -63,6 +69,7 @@ class TransformersAttention:
             be reached.
 
         Raises:
+            ConfigError: An implementation is not of transformers, so what it computes is unknown.
             MissingExtraError: The installed version of transformers describes masks otherwise.
         """
         owners = [part for part in attention_owners(model) if _is_settable(part)]
@@ -77,9 +84,11 @@ class TransformersAttention:
                 "versions that streamed attention knows.",
                 suggest_extra("transformers"),
             )
+        configs = _configs_of(owners)
+        for config in configs:
+            _check_implementation(config, AttentionInterface().get(config._attn_implementation))
         AttentionInterface.register(self.name, self.attend)
         AttentionMaskInterface.register(self.name, self.mask)
-        configs = _configs_of(owners)
         before = [(config, config._attn_implementation_internal) for config in configs]
         self._previous = {id(config): implementation for config, implementation in before}
         for config in configs:
@@ -362,6 +371,28 @@ def _refuse(module: nn.Module, others: dict[str, Any]) -> None:
             "does not know.",
             "Use --trainer.strategy=auto.",
         )
+
+
+def _check_implementation(config: Any, function: Any) -> None:
+    """Refuse to replace an implementation that may compute something else.
+
+    Args:
+        config: Configuration of a model.
+        function: What is registered as its implementation; None where the model's own code is.
+
+    Raises:
+        ConfigError: The implementation is not one of transformers.
+    """
+    if function is None or isinstance(getattr(function, "__self__", None), TransformersAttention):
+        return
+    package, _, module = getattr(function, "__module__", "").rpartition(".")
+    if package == "transformers.integrations" and module in _EXACT:
+        return
+    raise ConfigError(
+        f"{type(config).__name__} asks for the attention {config._attn_implementation!r}, which is "
+        "not of transformers and may compute something else than streamed attention does.",
+        "Use --trainer.strategy=auto, or attn_implementation='sdpa' in the model.",
+    )
 
 
 def attention_owners(model: nn.Module) -> Iterator[Any]:
