@@ -543,3 +543,20 @@ def test_a_text_file_that_is_cut_off_between_lines_is_refused(tmp_path):
     (tmp_path / "table.vec").write_text("".join(lines[:-5]))
     with pytest.raises(DataError, match="begins with 40 words and ends after 35"):
         read_table(tmp_path / "table.vec")
+
+
+def test_a_header_must_tell_the_width_and_one_dimension_is_no_header(tmp_path):
+    lines = [f"{n} {n}.5 1" for n in range(40)]
+    (tmp_path / "table.vec").write_text("\n".join(["40 3", *lines]))
+    with pytest.raises(DataError, match=r"Line 2 .* holds 2 numbers after '0', not 3"):
+        read_table(tmp_path / "table.vec")
+    (tmp_path / "table.vec").write_text("\n".join(line[:-2] for line in lines))
+    assert read_table(tmp_path / "table.vec").embeddings[0] == 0.5
+
+
+@pytest.mark.parametrize("numbers", [[-1, 0], [3, 3], [], [0.5], [True, False], ["7"], [[1], [2]]])
+def test_numbers_that_no_row_can_have_are_refused(tmp_path, numbers):
+    np.save(tmp_path / "a.npy", vectors().numpy())
+    with pytest.raises(ConfigError, match="no distinct whole numbers from 0 on"):
+        read_table(tmp_path / "a.npy", numbers)
+    assert read_table(tmp_path / "a.npy", torch.tensor([5, 3])).numbers == (3, 5)

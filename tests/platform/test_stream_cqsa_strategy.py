@@ -349,7 +349,7 @@ class ClassBackend(OwnAttention):
     attention_backend = InCore()
 
 
-class FixedBackend(nn.Module):
+class FixedBackend(nn.Linear):
     @property
     def attention_backend(self):
         return InCore()
@@ -370,7 +370,7 @@ def test_a_backend_of_a_class_comes_back_and_a_property_is_refused(tmp_path):
     assert strategy.backend.calls > 0
     assert "attention_backend" not in vars(layer)
     with pytest.raises(ConfigError, match=r"FixedBackend\.attention_backend cannot be set"):
-        trained(tmp_path, Model(FixedBackend()), StreamCQSAStrategy("16KiB"))
+        trained(tmp_path, Model(FixedBackend(WIDTH, WIDTH)), StreamCQSAStrategy("16KiB"))
 
 
 def test_each_kind_of_step_is_looked_at(tmp_path):

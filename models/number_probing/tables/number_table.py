@@ -5,7 +5,8 @@ Axes: N numbers, D embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ __all__ = [
     "DEFAULT_STOP",
     "NumberTable",
     "check_covered",
+    "check_numbers",
     "check_tokens",
     "parse_numbers",
     "shorten",
@@ -82,6 +84,31 @@ def parse_numbers(text: str) -> tuple[int, ...]:
             "Write e.g. 0:1000 or 0:10,20,30.",
         )
     return tuple(sorted(numbers))
+
+
+def check_numbers(numbers: Iterable[Any]) -> tuple[int, ...]:
+    """Sort numbers, also those of an array or a tensor.
+
+    Raises:
+        ConfigError: They are no distinct whole numbers from 0 on, or there are none.
+
+    Example:
+        >>> check_numbers([7, 3])
+        (3, 7)
+    """
+    values = list(numbers)
+    try:
+        if any(isinstance(n, bool) for n in values):
+            raise TypeError
+        whole = sorted(map(operator.index, values))
+    except TypeError:
+        whole = []
+    if not whole or whole[0] < 0 or len(set(whole)) < len(whole):
+        raise ConfigError(
+            f"numbers={shorten(values)} are no distinct whole numbers from 0 on.",
+            "Pass e.g. range(1000).",
+        )
+    return tuple(whole)
 
 
 def check_tokens(tokens: Mapping[int, Any], source: str) -> None:

@@ -11,7 +11,7 @@ from fulgurite.errors import ConfigError, DataError
 from fulgurite.extras import missing_package
 from fulgurite.io import data_path
 from fulgurite.models.number_probing.tables.checkpoint import read_checkpoint
-from fulgurite.models.number_probing.tables.number_table import NumberTable
+from fulgurite.models.number_probing.tables.number_table import NumberTable, check_numbers
 from fulgurite.models.number_probing.tables.tokens import Spelling
 from fulgurite.models.number_probing.tables.vectors import read_glove, read_npy, read_text
 
@@ -50,13 +50,14 @@ def read_table(
         spelling: See :func:`number_tokens`; for a checkpoint, or with ``words``.
 
     Raises:
-        ConfigError: An argument does not fit the kind of table.
+        ConfigError: An argument does not fit the kind of table, or ``numbers`` are no distinct
+            whole numbers from 0 on.
         DataError: A file is missing or damaged, or does not cover the numbers.
         MissingExtraError: The package of ``source`` is not installed.
 
     Source: docs/papers/number_probing.md sections 4.1 and 4.2.
     """
-    sorted_numbers = None if numbers is None else sorted(numbers)
+    sorted_numbers = None if numbers is None else check_numbers(numbers)
     if str(source) in PACKAGES:
         names = () if source == "glove" else _OPTIONS[".safetensors"]
         _refuse_options(source, names, words=words, tensor=tensor, spelling=spelling)

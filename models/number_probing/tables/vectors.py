@@ -109,7 +109,7 @@ def read_text(path: Path, numbers: Sequence[int] | None) -> NumberTable:
     """Vectors of GloVe or word2vec: a word and D numbers a line; the latter begin with V and D."""
     number_of = {str(n): n for n in (range(DEFAULT_STOP) if numbers is None else numbers)}
     rows: dict[int, list[float]] = {}
-    first, declared, number = "", 0, 0
+    first, declared, width, number = "", 0, 0, 0
     with (
         reading(path, "The table", _LINE),
         open(path, encoding="utf-8-sig", errors="replace") as file,
@@ -118,18 +118,18 @@ def read_text(path: Path, numbers: Sequence[int] | None) -> NumberTable:
             word, *parts = re.split(r"[ \t]+", line.rstrip(), maxsplit=1)
             vector = parts[0] if parts else ""
             first = first or line
-            is_header = number == 1 and len(vector.split()) == 1  # "V D"
-            declared = int(word) if is_header and word.isdecimal() else declared
+            # "V D" of word2vec; a vector of one number is hardly ever whole
+            is_header = number == 1 and word.isdecimal() and vector.strip().isdecimal()
+            declared, width = (int(word), int(vector)) if is_header else (declared, width)
             if word not in number_of or is_header:
                 continue
-            width = len(next(iter(rows.values()))) if rows else 0
             row = _parse_vector(vector, width, f"Line {number} of {path}", word)
             if number_of[word] in rows:
                 raise DataError(
                     f"The word '{word}' comes twice in {path}, again on line {number}.",
                     "Keep one line for each word.",
                 )
-            rows[number_of[word]] = row
+            rows[number_of[word]], width = row, len(row)
     if declared and number <= declared:
         raise DataError(
             f"{path} begins with {declared} words and ends after {number - 1}.",
