@@ -57,6 +57,8 @@ def main(argv):
     with open(os.environ["RUNS"], "a") as file:
         print(json.dumps({k: v for k, v in options.items() if k != "run.dir"}), file=file)
     time.sleep(float(os.environ.get("SLEEP", 0)))
+    while not os.path.exists(os.environ.get("GATE", "runs.txt")):
+        time.sleep(0.01)
     unlucky = os.environ.get("LUCKY") is None
     if width == 13 and unlucky:
         print("fulgurite: error: Thirteen is refused.", file=sys.stderr)
@@ -361,11 +363,12 @@ def test_no_two_processes_take_one_trial(folder, monkeypatch):
 
 def test_a_trial_that_another_machine_gave_up_does_not_count(folder):
     file, url = write(folder, GRID), f"sqlite:///{folder / 'shared.db'}"
-    driver = start(folder, file, "out", url, SLEEP="0.5")
+    driver = start(folder, file, "out", url, GATE=str(folder / "gate"))
     wait_until(lambda: len(ran(folder)) == 1)
     study = optuna.load_study(study_name=None, storage=open_storage(url))
     tell(study, 0, state=TrialState.FAIL)
     study.enqueue_trial(study.trials[0].system_attrs["fixed_params"])
+    (folder / "gate").touch()
     ended = driver.wait()
     assert ended.status == 0, ended.output
     assert "Trial 0 ended here, but another machine had heard nothing of it" in ended.output
