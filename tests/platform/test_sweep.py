@@ -57,7 +57,8 @@ def main(argv):
     with open(os.environ["RUNS"], "a") as file:
         print(json.dumps({k: v for k, v in options.items() if k != "run.dir"}), file=file)
     time.sleep(float(os.environ.get("SLEEP", 0)))
-    while not os.path.exists(os.environ.get("GATE", "runs.txt")):
+    begun = len(open(os.environ["RUNS"]).readlines())
+    while begun == int(os.environ.get("WAIT_AT", 0)) and not os.path.exists("gate"):
         time.sleep(0.01)
     unlucky = os.environ.get("LUCKY") is None
     if width == 13 and unlucky:
@@ -318,7 +319,7 @@ def start(folder, file, out, storage=None, **environment):
 
 def test_a_killed_sweep_runs_what_was_cut_short_again(folder):
     file = write(folder, GRID)
-    driver = start(folder, file, "out", SLEEP="0.7")
+    driver = start(folder, file, "out", WAIT_AT="2")
     wait_until(lambda: len(ran(folder)) == 2)
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
@@ -363,7 +364,7 @@ def test_no_two_processes_take_one_trial(folder, monkeypatch):
 
 def test_a_trial_that_another_machine_gave_up_does_not_count(folder):
     file, url = write(folder, GRID), f"sqlite:///{folder / 'shared.db'}"
-    driver = start(folder, file, "out", url, GATE=str(folder / "gate"))
+    driver = start(folder, file, "out", url, WAIT_AT="1")
     wait_until(lambda: len(ran(folder)) == 1)
     study = optuna.load_study(study_name=None, storage=open_storage(url))
     tell(study, 0, state=TrialState.FAIL)
