@@ -213,6 +213,12 @@ def test_without_a_surface_and_a_companion_files_are_refused(tmp_path):
     with pytest.raises(DataError, match="no companion file") as error:
         load(tmp_path)
     assert f"layer_{SEGMENT}.mat" in error.value.hint
+    # a companion of the layers alone names no surface either
+    write_organizer(folder, ["a", "b", "c", "d"], lyr_id=np.arange(2.0, 6))
+    with pytest.raises(DataError, match="no companion file names another one so"):
+        load(tmp_path)
+    write_organizer(folder, ["Surface", "b", "c", "d"], lyr_id=np.arange(2.0, 6))
+    assert load(tmp_path).layer_names == ("b", "c", "d")
 
 
 @pytest.mark.parametrize(
@@ -337,6 +343,7 @@ def test_names_that_cannot_be_read_are_refused(tmp_path):
         ([0, 1, np.nan, 4, 5], "no age of the boundary b"),
         ([0, 1, 3, 3, 5], "do not rise"),
         ([0, 4, 3, 2, 1], "do not rise"),
+        ([5, 6, 7, 8, 9], "The surface is 5 years old"),
     ],
 )
 def test_ages_of_some_layers_alone_are_refused(tmp_path, ages, message):

@@ -1,5 +1,6 @@
 """Climate fields at traces: projection, weights, sums between dates, masks, units; firn; time."""
 
+import cftime
 import netCDF4
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from pyproj import CRS, Transformer
 
 from fulgurite.datamodules.ice_layers import MarClimate
+from fulgurite.datamodules.ice_layers.climate.files import ClimateFile
 from fulgurite.datamodules.ice_layers.climate.grid import PROJECTIONS, interval_weights, step_edges
 from fulgurite.datamodules.ice_layers.climate.mar import ClimateRequest
 from fulgurite.datamodules.ice_layers.readers.layer_writer import write_layer_file
@@ -181,6 +183,29 @@ def test_constants_and_years_that_are_not_over(tmp_path):
     for path in tmp_path.glob("*20*.nc"):
         path.unlink()
     with pytest.raises(DataError, match=r"constants.nc has no variable for time"):
+        sample(tmp_path)
+
+
+def add_other_files(folder):
+    """A file of constants without steps, and one of another field at one moment."""
+    for name, steps in (("constants", (0,)), ("orography", ())):
+        with netCDF4.Dataset(folder / f"MARv3.12-{name}.nc", "w") as data:
+            data.createDimension("t", 0)
+            time = data.createVariable("TIME", "f8", ("t",) if steps else ())
+            time.units = "days since 2000-01-01"
+            time[...] = np.zeros(steps)
+            data.createDimension("x", 3)
+            data.createVariable("SH", "f8", ("x",))[:] = 1.0
+
+
+def test_files_without_steps_and_without_fields_are_left_out(tmp_path):
+    write(tmp_path)
+    alone = sample(tmp_path).physics
+    add_other_files(tmp_path)
+    np.testing.assert_array_equal(sample(tmp_path).physics, alone)
+    for path in tmp_path.glob("*20*.nc"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"orography.nc does not say where its cells are"):
         sample(tmp_path)
 
 
@@ -480,6 +505,36 @@ def rewrite(folder, change):
                 variable = data.createVariable(name, values.dtype, dims)
                 variable.setncatts({k: v for k, v in attributes.items() if k != "_FillValue"})
                 variable[:] = values
+
+
+@pytest.mark.parametrize("calendar", ["noleap", "360_day", "all_leap"])
+def test_months_of_other_calendars_are_months(tmp_path, calendar):
+    """Named by their last day."""
+    seasons = 10.0 * np.arange(12)[:, None, None]
+    write(tmp_path, (2010, 2011, 2012), SMB=lambda v, u: v + seasons)
+    stamp(tmp_path, lambda edges: edges[:-1])
+    expected = sample(tmp_path).physics
+
+    def restamp(path, variables):
+        dims, _, _ = variables["TIME"]
+        year, units = int(path.stem[-4:]), "days since 1950-01-01"
+        dates = [cftime.datetime(year, month, 1, calendar=calendar) for month in range(1, 13)]
+        values = cftime.date2num([d.replace(day=d.daysinmonth) for d in dates], units, calendar)
+        attributes = {"units": units, "calendar": calendar}
+        return {"TIME": (dims, values.astype(float), attributes)}
+
+    rewrite(tmp_path, restamp)
+    np.testing.assert_allclose(sample(tmp_path).physics, expected, rtol=1e-6)
+
+
+def test_a_file_of_one_step_is_a_month_in_any_calendar(tmp_path):
+    with netCDF4.Dataset(tmp_path / "MAR-2010-03.nc", "w") as data:
+        data.createDimension("TIME", 1)
+        time = data.createVariable("TIME", "f8", ("TIME",))
+        time.units, time.calendar = "days since 2010-01-01", "360_day"
+        time[:] = 60.0  # 1 March
+    stamps, _ = ClimateFile(tmp_path / "MAR-2010-03.nc").times()
+    assert stamps.tolist() == [float(np.datetime64("2010-03-01").astype(int))]
 
 
 @pytest.mark.parametrize("bounds", [False, True])

@@ -196,10 +196,17 @@ def check_field_units(
                 )
         elif name == "smb" and values.size and not 15 <= (middle := abs(middle)) <= 20_000:
             guess, factor = "m w.e.", "1000"
+            if middle == 0:
+                raise DataError(
+                    "The surface mass balance is 0 at most points, as outside of what was "
+                    "computed.",
+                    "Give files with an ice mask (SRF, MSK or MSK_MAR), or NaN where they have no "
+                    "values.",
+                )
             if middle >= 2:
                 guess, factor = "mm w.e. a day, and each step had a month of them", "30.4"
             if middle >= 15:
-                guess, factor = "another unit than mm w.e.", "..."
+                guess, factor = "another unit than mm w.e., or had fill values unnamed", "..."
             raise DataError(
                 f"The median surface mass balance is {middle:g} mm w.e. a year, as if the "
                 f"files were in {guess}.",

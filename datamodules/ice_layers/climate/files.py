@@ -28,6 +28,8 @@ _TIMES = ("TIME", "time", "t")
 _COORDINATES = {"LAT": ("LAT", "latitude"), "LON": ("LON", "longitude"), "x": ("x",), "y": ("y",)}
 _SAME = 1e-5  # of the largest coordinate: single precision has less
 _FILLS = (999.0, -999.0, 9999.0, -9999.0)
+# Calendars with days that are none of ours, and their days in a year
+_STRETCHED = {"360_day": 360, "all_leap": 366, "366_day": 366}
 
 
 def _to_float(values: Any) -> Array:
@@ -36,11 +38,12 @@ def _to_float(values: Any) -> Array:
     return plain
 
 
-def _decode_days(plain: Array, units: str, calendar: str) -> Array:
+def _decode_days(plain: Array, units: str, calendar: str, *, is_monthly: bool) -> Array:
     """Decode a CF time axis [days since 1970].
 
-    A year of 360 days, in steps of less than a month, is stretched to the real one, since its
-    30 February is no day of ours; months stay months.
+    The last day of a month stays that where steps are months, though it be the 28th or the 30th of
+    every February. Years of 360 or 366 days, in steps of less than a month, are stretched to the
+    real one, since some of their days are none of ours.
 
     Raises:
         ValueError: A time is missing, or the units are unknown.
@@ -49,11 +52,18 @@ def _decode_days(plain: Array, units: str, calendar: str) -> Array:
         raise ValueError("a time is missing")
     netcdf = optional_import("netCDF4", "ice", "Reading climate fields")
     dates = np.asarray(netcdf.num2date(plain, units, calendar))
-    steps = np.diff(plain.ravel())
-    months_apart = steps.size and _month_in(units) <= float(np.median(np.abs(steps)))
-    decode = _stretched_day if calendar == "360_day" and not months_apart else _calendar_day
+    decode = _calendar_day
+    if is_monthly:
+        decode = _day_of_month
+    elif calendar.lower() in _STRETCHED:
+        decode = _stretched_day
     days = [decode(date) for date in dates.ravel()]
     return np.asarray(days, np.float64).reshape(dates.shape or (1,))
+
+
+def _is_monthly(steps: Array, units: str) -> bool:
+    """Whether steps of a time axis are months or longer; that of a file of one step is."""
+    return not steps.size or _month_in(units) <= float(np.median(np.abs(steps)))
 
 
 def _month_in(units: str) -> float:
@@ -70,13 +80,22 @@ def _calendar_day(date: Any) -> float:
     return float(first + date.day - 1 + _part_of_day(date))
 
 
+def _day_of_month(date: Any) -> float:
+    """As :func:`_calendar_day`, but the last day of a month is that of ours."""
+    month = np.datetime64(f"{date.year:04}-{date.month:02}", "M")
+    last = float((month + 1).astype("datetime64[D]").astype(np.int64) - 1)
+    if date.day == date.daysinmonth:
+        return last + _part_of_day(date)
+    return min(_calendar_day(date), last + _part_of_day(date))
+
+
 def _stretched_day(date: Any) -> float:
     start, end = (
         float(np.datetime64(f"{year:04}-01-01", "D").astype(np.int64))
         for year in (date.year, date.year + 1)
     )
-    passed = 30 * (date.month - 1) + date.day - 1 + _part_of_day(date)
-    return float(start + passed / 360 * (end - start))
+    passed = date.dayofyr - 1 + _part_of_day(date)
+    return float(start + passed / _STRETCHED[date.calendar] * (end - start))
 
 
 def _part_of_day(date: Any) -> float:
@@ -146,8 +165,9 @@ class ClimateFile:
 
     @property
     def has_time(self) -> bool:
-        """Whether it has a time axis, unlike a file of constants."""
-        return self.find(_TIMES) is not None
+        """Whether it has a time axis with a step, unlike a file of constants."""
+        variable = self.find(_TIMES)
+        return variable is not None and all(variable.shape)
 
     @cached_property
     def _time_axis(self) -> Array:
@@ -190,19 +210,21 @@ class ClimateFile:
                 raise ValueError("it has no units")
             decode = (str(attributes["units"]), str(attributes.get("calendar", "standard")))
             count = self._timed_steps
-            stamps = _decode_days(self._time_axis[:count], *decode)
-            if not len(stamps):
-                raise ValueError("it has no step")
-            edges = np.full((len(stamps), 2), np.nan)
-            if bounds is not None:
+            plain = self._time_axis[:count]
+            is_monthly = _is_monthly(np.diff(plain), decode[0])
+            edges = np.full((count, 2), np.nan)
+            if bounds is not None and count:
                 # in the units of the time by CF, but some writers give them their own
                 decode_bounds = (
                     str(bounds.attributes.get("units", decode[0])),
                     str(bounds.attributes.get("calendar", decode[1])),
                 )
-                edges = _decode_days(
-                    _to_float(self.dataset.read(bounds.name))[:count], *decode_bounds
-                )
+                plain_edges = _to_float(self.dataset.read(bounds.name))[:count]
+                is_monthly = _is_monthly(np.diff(plain_edges), decode_bounds[0])
+                edges = _decode_days(plain_edges, *decode_bounds, is_monthly=is_monthly)
+            stamps = _decode_days(plain, *decode, is_monthly=is_monthly)
+            if not len(stamps):
+                raise ValueError("it has no step")
             name = attributes.get("bounds")
             if edges.shape != (len(stamps), 2):
                 raise ValueError(f"its bounds {name} have the shape {edges.shape}")
@@ -303,14 +325,15 @@ class ClimateFile:
 
 
 def read_steps(
-    paths: list[Path], files: Mapping[Path, ClimateFile]
+    paths: list[Path], files: Mapping[Path, ClimateFile], names: Sequence[str]
 ) -> tuple[Array, NDArray[np.int64]]:
     """Read start and end of all steps in order [days], and each one's file, as ordered here.
 
     Args:
         paths: The files, which are put into the order of their steps; files of constants, without
-            any time, are taken out.
+            any time or any of the variables, are taken out.
         files: The opened file of each path.
+        names: Variables of which a file has one at least.
 
     Returns:
         The steps (T, 2) and the number of each one's file (T,).
@@ -319,13 +342,19 @@ def read_steps(
         DataError: A time cannot be understood, or files overlap.
     """
     parts, step_bounds = [], []
-    if constants := [path for path in paths if not files[path].has_time]:
-        if len(constants) == len(paths):
-            files[paths[0]].times()  # raises the error that names what is missing
+    timed = [path for path in paths if files[path].has_time]
+    if not timed:
+        files[paths[0]].times()  # raises the error that names what is missing
+    # if no file has a variable, the error that names what is missing comes later
+    usable = [path for path in timed if files[path].find(names) is not None] or timed
+    if constants := [path for path in paths if path not in usable]:
         from lightning.pytorch.utilities import rank_zero_info
 
-        rank_zero_info(f"Climate files without time are left out: {name_some(constants)}")
-        paths[:] = [path for path in paths if path not in constants]
+        rank_zero_info(
+            "Climate files without time, or without any field of MAR, are left out: "
+            f"{name_some(constants)}"
+        )
+        paths[:] = usable
     for path in paths:
         with files[path] as file:
             stamps, bounds = file.times()

@@ -183,7 +183,8 @@ class MarClimate:
         """
         paths = self.paths()
         files = {path: ClimateFile(path) for path in paths}
-        steps, of_file = read_steps(paths, files)
+        names_of_fields = [name for group in (SUMS, MEANS) for n in group.values() for name in n]
+        steps, of_file = read_steps(paths, files, names_of_fields)
         pos = np.concatenate([request.pos for request in requests])
         if not np.isfinite(pos).all():
             raise DataError(

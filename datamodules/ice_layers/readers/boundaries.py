@@ -71,7 +71,7 @@ class Boundaries:
 
         Raises:
             DataError: The companion file has ages of some layers alone, or they do not rise with
-                depth.
+                depth, or do not begin at the surface.
         """
         age = np.arange(1, count + 1, dtype=np.float64)
         if self.organizer is None or source == "yearly":
@@ -80,6 +80,13 @@ class Boundaries:
         ages = np.array([self.organizer.age.get(k, np.nan) for k in ids])
         if not np.isfinite(ages).any():
             return age
+        if surface := self.organizer.age.get(self.ids[0], 0.0):
+            raise DataError(
+                f"The surface is {surface:g} years old by lyr_age in {self.organizer.path}, so "
+                "that ages do not count from the flight.",
+                "Give ages at the flight, with 0 or NaN for the surface, or set "
+                f"`{_OPTION}.picks.ages=yearly` to take layers a year apart.",
+            )
         hint = f"Correct lyr_age, or set `{_OPTION}.picks.ages=yearly` to take layers a year apart."
         if not np.isfinite(ages).all():
             unknown = ids[int(np.flatnonzero(~np.isfinite(ages))[0])]
@@ -153,23 +160,24 @@ def find_boundaries(
     if absent := [names.get(k) or str(k) for k in listed if k not in present]:
         notes.append(f"no file has the boundary {', '.join(absent)}, which the companion lists")
     ids = (*listed, *sorted(present - set(listed)))
-    if ids and organizer is None and ids[0] != _SURFACE:
-        raise DataError(
-            f"No file of the segment {segment} has the boundary {_SURFACE}, the surface, and there "
-            "is no companion file that names another one.",
-            f"Put layer_{segment}.mat beside the files, or give the surface the number {_SURFACE}.",
-        )
     _check_surface(segment, ids, names)
     return Boundaries(ids, names, organizer, tuple(f"{segment}: {note}" for note in notes))
 
 
 def _check_surface(segment: str, ids: Sequence[int], names: dict[int, str]) -> None:
-    """Refuse a boundary called ``surface`` below another one.
+    """Refuse a segment without a surface, or with a boundary of this name below another one.
 
     Raises:
-        DataError: Such a boundary is below another one.
+        DataError: The first boundary is not the surface, or a deeper one is called so.
     """
     called = [k for k, name in names.items() if name.strip().lower() == "surface"]
+    if ids and ids[0] != _SURFACE and not called:
+        raise DataError(
+            f"No file of the segment {segment} has the boundary {_SURFACE}, the surface, and no "
+            "companion file names another one so.",
+            f"Put layer_{segment}.mat beside the files, in which one is called surface, or give "
+            f"it the number {_SURFACE}.",
+        )
     if ids and (below := [k for k in called if k != ids[0]]):
         first = names.get(ids[0]) or str(ids[0])
         raise DataError(
