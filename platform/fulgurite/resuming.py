@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import csv
-import random
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
@@ -24,7 +21,8 @@ from fulgurite.errors import CheckpointError
 from fulgurite.foreign.reading import Reading, reading
 from fulgurite.io import atomic_write
 from fulgurite.predictions.inputs import serve_input
-from fulgurite.sampling import forget_training_data, restart_training_data
+from fulgurite.random_states import gather_random_states, set_random_state
+from fulgurite.sampling import forget_training_data, list_generators, restart_training_data
 
 __all__ = ["ENDED", "MetricsLogger", "RunTrainer", "TrainingState", "has_stopped"]
 
@@ -157,10 +155,11 @@ def has_stopped(state: Mapping[str, Any]) -> bool:
 class TrainingState(Callback):
     """Keeps in each checkpoint what Lightning leaves out, and takes it up when a run goes on.
 
-    That are the states of the random number generators of all ranks, how many rows of metrics
-    there were, the row that is logged right after the checkpoint, the last values of all metrics,
-    and the conditions on which results depend in their last digits. A loader of training batches
-    that was made too early (a model that asks for ``estimated_stepping_batches``) is made again.
+    That are the states of the random number generators of all ranks, those of loaders among them,
+    how many rows of metrics there were, the row that is logged right after the checkpoint, what
+    schedulers on a plateau are told then, the last values of all metrics, and the conditions on
+    which results depend in their last digits. A loader of training batches that was made too early
+    (a model that asks for ``estimated_stepping_batches``) is made again.
 
     Args:
         continued: Whether training goes on in the run's own folder.
@@ -190,9 +189,10 @@ class TrainingState(Callback):
         """Add the state; called on all ranks."""
         logger = metrics_logger(trainer)
         checkpoint[_KEY] = {
-            "random": _gather_states(_random_state()),
+            "random": gather_random_states(list_generators(trainer)),
             "rows": logger.rows if logger is not None else None,
             "pending": _pending(trainer),
+            "plateaus": _pending_plateaus(trainer),
             "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},
             "conditions": conditions(trainer),
             "batches": float(trainer.num_training_batches),  # of an epoch; may be infinite
@@ -271,10 +271,24 @@ class TrainingState(Callback):
         metrics = trainer.callback_metrics
         for name, value in self.metrics.items():
             metrics.setdefault(name, torch.tensor(value, device=pl_module.device))
+        self._take_up_random_state(trainer)
+        for index, value in (self._stored.get("plateaus") or {}).items():
+            config = trainer.lr_scheduler_configs[index]
+            if config.reduce_on_plateau:
+                pl_module.lr_scheduler_step(config.scheduler, value)
+
+    def _take_up_random_state(self, trainer: Trainer) -> None:
         states = self._stored.get("random") or []
-        rank, world = trainer.global_rank, trainer.world_size
-        if len(states) == world:
-            _set_random_state(states[rank])
+        if len(states) == trainer.world_size:
+            set_random_state(states[trainer.global_rank], list_generators(trainer))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take up random numbers again where only the end of an epoch was left.
+
+        The iterator that was made for it has drawn some in vain.
+        """
+        if self._stored and not self.trained:
+            self._take_up_random_state(trainer)
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Remember that something is trained."""
@@ -373,33 +387,27 @@ def _pending(trainer: Trainer) -> dict[str, Any] | None:
     return {"metrics": metrics, "step": int(step)}
 
 
-def _random_state() -> dict[str, Any]:
-    """States of the global random number generators, as tensors and plain types."""
-    version, keys, gauss = random.getstate()
-    name, words, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
-    on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+def _pending_plateaus(trainer: Trainer) -> dict[int, float]:
+    """What Lightning tells schedulers on a plateau after the last hook that writes a checkpoint.
+
+    When it goes on from that checkpoint, it never tells them.
+
+    Returns:
+        The monitored value by the index of the scheduler.
+    """
+    epoch: Any = trainer.fit_loop.epoch_progress.current
+    is_told = (
+        trainer.lightning_module.automatic_optimization
+        and epoch.ready > epoch.completed
+        and trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+    )
+    if not is_told:
+        return {}
     return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if on_gpu else [],
-        "python": [version, list(keys), gauss],
-        "numpy": [name, [int(w) for w in words], int(position), int(has_gauss), float(cached)],
+        index: float(trainer.callback_metrics[config.monitor])
+        for index, config in enumerate(trainer.lr_scheduler_configs)
+        if config.reduce_on_plateau
+        and config.interval == "epoch"
+        and (trainer.current_epoch + 1) % config.frequency == 0
+        and config.monitor in trainer.callback_metrics
     }
-
-
-def _set_random_state(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
-    name, words, *gauss_state = state["numpy"]
-    np.random.set_state((name, np.array(words, np.uint32), *gauss_state))  # noqa: NPY002
-
-
-def _gather_states(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """The state of each rank."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [state]
-    states: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(states, state)
-    return states

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Sized
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch.utils.data import DistributedSampler
 
@@ -18,6 +19,7 @@ __all__ = [
     "EveryRankSampler",
     "UnrepeatedDistributedSampler",
     "forget_training_data",
+    "list_generators",
     "rank_and_world",
     "restart_training_data",
     "sampler_ranks",
@@ -90,6 +92,20 @@ def restart_training_data(trainer: Trainer) -> None:
     for loader in loop._combined_loader.flattened:
         _set_sampler_epoch(loader, loop.epoch_progress.current.processed)
     iter(loop._data_fetcher)
+
+
+def list_generators(trainer: Trainer) -> list[torch.Generator]:
+    """The random number generators that loaders of training batches and their samplers have."""
+    loaders = trainer.fit_loop._combined_loader
+    generators: dict[int, torch.Generator] = {}
+    for loader in loaders.flattened if loaders is not None else ():
+        batch_sampler = getattr(loader, "batch_sampler", None)
+        parts = (loader, getattr(loader, "sampler", None), batch_sampler)
+        for part in (*parts, getattr(batch_sampler, "sampler", None)):
+            generator = getattr(part, "generator", None)
+            if isinstance(generator, torch.Generator):
+                generators[id(generator)] = generator
+    return list(generators.values())
 
 
 class UnrepeatedDistributedSampler(DistributedSampler[int]):

@@ -11,14 +11,17 @@ import torch
 import yaml
 from fakes.fedsir import FEDAVG
 from fakes.options import QUIET
+from fakes.trainers import quiet_trainer
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
+from torch.utils.data import DataLoader
 
 from fulgurite.cli import parse
 from fulgurite.errors import ConfigError
 from fulgurite.masking import masked_arguments
 from fulgurite.resuming import TrainingState
-from fulgurite.run_folders import RunOptions, find_run, training_differences
+from fulgurite.run_folders import RunOptions, find_run, new_run_folder, training_differences
 from fulgurite.tensor_files import load_plain, save_plain
 
 SHORT = (*QUIET, FEDAVG, "--trainer.max_epochs=1")
@@ -130,6 +133,19 @@ def test_a_new_folder_only_when_asked_for(fulgurite, one_run):
     assert len(runs()) == 2
     assert len(rows(one_run)) == 2
     assert "new" not in yaml.safe_load((runs()[1] / "config.yaml").read_text())["run"]
+
+
+def test_a_new_run_takes_the_folder_that_is_named_for_it(workdir, monkeypatch):
+    """Where the named folder holds a run, that is the one to begin from."""
+    monkeypatch.delenv("FULGURITE_RUN_DIR", raising=False)
+    options = RunOptions(dir="second", new=True)
+    assert new_run_folder(options, "fit") == Path("second")
+    (workdir / "second/config.yaml").touch()
+    (workdir / "second/environment.json").touch()
+    assert new_run_folder(options, "fit").parent == Path("runs/custom/run")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(ConfigError, match=r"run\.dir=second holds a run.*Name a new folder"):
+        new_run_folder(options, "fit")
 
 
 @pytest.mark.parametrize(
@@ -326,6 +342,49 @@ def test_weights_of_double_precision_are_taken_up_whole(tmp_path):
     )
     assert again.layer.weight.dtype == torch.float64
     assert torch.equal(again.layer.weight, model.layer.weight)
+
+
+class WithPlateau(BoringModel):
+    """Halves its rate each epoch, since no loss is good enough."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(3)
+
+    def training_step(self, batch, index):
+        loss = self.step(batch)
+        self.log("train/loss", loss)
+        return loss
+
+    def train_dataloader(self):
+        rows = torch.arange(8 * 32.0).view(8, 32) / 256
+        return DataLoader(rows, batch_size=2, shuffle=True, generator=self.generator)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), 0.1)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=1)
+        options = {"scheduler": scheduler, "monitor": "train/loss"}
+        return {"optimizer": optimizer, "lr_scheduler": options}
+
+
+@pytest.mark.parametrize("at_epoch_end", [True, False])
+def test_plateaus_and_generators_of_loaders_go_on(tmp_path, at_epoch_end):
+    """Lightning tells the scheduler after the checkpoint is written, or never."""
+    saving = ModelCheckpoint(
+        tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=at_epoch_end
+    )
+    torch.manual_seed(0)
+    weights = []
+    for path in (None, tmp_path / "epoch=1.ckpt"):
+        model = WithPlateau()
+        state = TrainingState(resumes=path is not None)
+        trainer = quiet_trainer(
+            max_epochs=4, limit_val_batches=1, callbacks=[state, *([] if path else [saving])],
+            enable_checkpointing=path is None,
+        )  # fmt: skip
+        trainer.fit(model, ckpt_path=path)
+        weights.append(model.layer.weight)
+    assert torch.equal(*weights)
 
 
 def test_missing_optimizers_are_refused_and_nan_is_said(fulgurite, one_run, capsys):

@@ -373,6 +373,16 @@ def test_a_backend_of_a_class_comes_back_and_a_property_is_refused(tmp_path):
         trained(tmp_path, Model(FixedBackend(WIDTH, WIDTH)), StreamCQSAStrategy("16KiB"))
 
 
+def test_a_name_that_was_bound_before_is_told(tmp_path):
+    layer, bound_before = OwnAttention(), F.scaled_dot_product_attention
+    del layer.attention_backend
+    layer._heads = lambda x: bound_before(x[:, None], x[:, None], x[:, None])[:, 0]
+    strategy = StreamCQSAStrategy("16KiB", intercept_sdpa=True)
+    with pytest.raises(ConfigError, match=r"where another name for it is called") as error:
+        trained(tmp_path, Model(layer), strategy)
+    assert "intercept_sdpa" not in str(error.value)
+
+
 def test_each_kind_of_step_is_looked_at(tmp_path):
     class Both(Model):
         def training_step(self, batch, index):

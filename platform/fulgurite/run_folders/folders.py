@@ -65,7 +65,8 @@ class RunOptions:
         name: Second level; by default the stem of the first ``--config``.
         dir: The exact run folder instead of ``root/system/name/<time>``; with ``--ckpt_path`` the
             run that is meant.
-        new: Go on from ``--ckpt_path`` in a new folder, which may be with other options.
+        new: Go on from ``--ckpt_path`` in a new folder, which may be with other options: in
+            ``dir``, unless that is the run that is meant.
     """
 
     root: str = field(default_factory=_find_root)
@@ -125,18 +126,26 @@ def new_run_folder(options: RunOptions, command: str, *, resumed: Path | None = 
         resumed: The run that ``fit`` goes on with, in its folder.
 
     Raises:
-        ConfigError: If ``dir`` already holds a run, or is missing under torchrun.
+        ConfigError: If ``dir`` already holds a run, or is missing or not new under torchrun.
     """
     if (inherited := os.environ.get(RUN_DIR_VARIABLE)) and "LOCAL_RANK" in os.environ:
         return Path(inherited)
-    explicit = None if options.dir is None or options.new else Path(options.dir)
-    if int(os.environ.get("RANK", "0")) and "TORCHELASTIC_RUN_ID" in os.environ:
+    explicit = None if options.dir is None else Path(options.dir)
+    is_launched = "TORCHELASTIC_RUN_ID" in os.environ
+    if is_launched and int(os.environ.get("RANK", "0")):
         if resumed is None and explicit is None:
             raise ConfigError(
                 "Processes that torchrun starts cannot agree on a new run folder.",
                 "Name it: --run.dir=FOLDER.",
             )
         return resumed or explicit or Path()  # rank 0 makes it
+    if options.new and explicit is not None and holds_run(explicit):  # the run to begin from
+        if is_launched:
+            raise ConfigError(
+                f"--run.dir={explicit} holds a run, and --run.new=true begins another one.",
+                "Name a new folder by --run.dir, and the checkpoint by its path.",
+            )
+        explicit = None
     if explicit is not None and explicit.exists() and not explicit.is_dir():
         raise ConfigError(f"--run.dir={explicit} is a file.", "Name a folder.")
     if resumed is not None:

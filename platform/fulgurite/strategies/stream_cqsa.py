@@ -211,11 +211,21 @@ class _StreamsAttention(Strategy):
                 reason = f"{', '.join(names)} computes attention in its own code"
             raise ConfigError(
                 f"The strategy {_NAME} streamed no attention in this step: {reason}.",
-                "Use another strategy, or set "
-                "--trainer.strategy.init_args.intercept_sdpa=true if the model calls "
-                "torch.nn.functional.scaled_dot_product_attention.",
+                f"Use another strategy, or {self._way_to_reach('the model calls')}.",
             )
         return result
+
+    def _way_to_reach(self, caller: str) -> str:
+        """What may bring attention within reach of the strategy."""
+        if self.options.intercept_sdpa:
+            return (
+                "write torch.nn.functional.scaled_dot_product_attention where another name for it "
+                "is called, which was bound before the run"
+            )
+        return (
+            f"set --trainer.strategy.init_args.intercept_sdpa=true if {caller} "
+            "torch.nn.functional.scaled_dot_product_attention"
+        )
 
     def _report(self, unstreamed: Counter[str], streamed: int) -> None:
         """Say which modules compute attention outside the budget.
@@ -234,10 +244,8 @@ class _StreamsAttention(Strategy):
             f"The strategy {_NAME} streamed {streamed} of {streamed + missed} calls of attention "
             f"in this step; outside the memory budget are those of {names}{more}."
         )
-        fix = (
-            "Set --trainer.strategy.init_args.intercept_sdpa=true if they call "
-            "torch.nn.functional.scaled_dot_product_attention, or give them an `attention_backend`."
-        )
+        way = self._way_to_reach("they call")
+        fix = f"{way[0].upper()}{way[1:]}, or give them an `attention_backend`."
         if self.options.strict:
             raise ConfigError(text, fix)
         rank_zero_warn(f"{text} {fix}")
