@@ -24,6 +24,7 @@ from fulgurite.models.fedsir.federation import (
     TrainRequest,
     keyed_generator,
 )
+from fulgurite.models.fedsir.method_checks import check_participants, check_weights
 from fulgurite.models.fedsir.methods import FederatedMethod
 from fulgurite.models.fedsir.options import RoundOptions
 
@@ -221,7 +222,9 @@ class RoundEngine:
         method.before_round(fed, round)
         fed.state.write(fed.global_state)
         sampled = self.sample_clients(round)
-        self.clients = self.draw_reporting(method.participants(fed, round, sampled), round)
+        participants = method.participants(fed, round, sampled)
+        check_participants(method, participants, sampled)
+        self.clients = self.draw_reporting(participants, round)
         self._requests = {k: method.training_request(fed, k, round) for k in self.clients}
         fed.send(self._requests)
         clients = fed.local_clients(self.clients)
@@ -248,6 +251,7 @@ class RoundEngine:
         self._collected = fed.collect(self.clients, self._replies)
         self.clients = self._collected.clients  # over a network some may be away
         self._weights = self.method.weights(fed, self.round, self._collected)
+        check_weights(self.method, self._weights, self.clients)
         aggregate = fed.average(self._collected.models, self._weights)
         fed.costs.rounds += 1
         return aggregate

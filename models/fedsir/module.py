@@ -29,6 +29,7 @@ from fulgurite.models.fedsir.federation import (
     connected_clients,
 )
 from fulgurite.models.fedsir.methods import FedAvg, FederatedMethod
+from fulgurite.models.fedsir.network_checks import check_forward, check_layers
 from fulgurite.models.fedsir.options import LocalTrainingOptions, RoundOptions
 from fulgurite.models.fedsir.trainer_checks import check_trainer
 from fulgurite.options import IntAboveOne, PositiveInt, check_arguments, list_options, make_options
@@ -111,13 +112,7 @@ class FederatedClassifier(SystemModule):
         self.rounds = make_options(RoundOptions, rounds)
         self.automatic_optimization = False
         self.network = build_network(network, in_channels, num_classes)
-        if not callable(getattr(self.network, "features", None)) or not hasattr(
-            self.network, "head"
-        ):
-            raise ConfigError(
-                f"The network {type(self.network).__name__} has no `features` method or no `head`.",
-                "Give it both, so that forward(x) == head(features(x)).",
-            )
+        check_layers(self.network)
         check_head(self.network, num_classes)
         if weights is not None:
             load_weights(self.network, weights, head_name(self.network))
@@ -200,12 +195,14 @@ class FederatedClassifier(SystemModule):
             check_trainer(self.trainer, self.rounds)
 
     def on_fit_start(self) -> None:
-        """End a resumed training that has spent its limit before it trains one more round.
+        """Try the network, and end a resumed training that has spent its limit already.
 
         Raises:
             CheckpointError: The checkpoint has no record of its rounds.
+            ConfigError: The network's logits are not those of its head on its features.
         """
         self._rounds_are_open = False  # each fit has rounds of its own
+        check_forward(self._make_federation(0, 0))
         resumes = bool(self.trainer.ckpt_path)
         self.engine.load_state_dict(self._resumed if resumes else None)
         if resumes and self._resumed is None:
@@ -303,7 +300,8 @@ class FederatedClassifier(SystemModule):
         if not isinstance(optimizer.optimizer, NoOpServerOptimizer):
             with torch.no_grad():
                 for parameter, old in zip(self.network.parameters(), old_parameters, strict=True):
-                    parameter.grad = old - parameter
+                    if parameter.requires_grad:  # else a decay of weights would move it
+                        parameter.grad = old - parameter
                     parameter.copy_(old)
         optimizer.step()
         optimizer.zero_grad()

@@ -15,6 +15,7 @@ from fulgurite.errors import ConfigError
 from fulgurite.models.cs_arm_bn.batchnorm import Context, Source, use_context
 from fulgurite.models.cs_arm_bn.conversion import convert_batchnorm
 from fulgurite.models.cs_arm_bn.methods.base import Method
+from fulgurite.stateless import call_with_tensors
 
 __all__ = ["ARMCML", "ARMLL"]
 
@@ -143,5 +144,5 @@ class ARMLL(Method):
                 name: p - self.inner_lr * g
                 for (name, p), g in zip(parameters.items(), gradients, strict=True)
             }
-        out = torch.func.functional_call(network, adapted, (images,))
+        out, _ = call_with_tensors(network, adapted, images)
         return out[: batch.n_query]  # type: ignore[no-any-return]

@@ -6,6 +6,7 @@ Axes: P flat state size.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,32 +23,53 @@ ClientStates = dict[int, Tensor]  # client -> flat state (P,); a rank holds thos
 class FlatState:
     """Reads and writes all floating tensors of a module as one vector.
 
-    BatchNorm's running statistics are part of it; integer buffers (its counters), which no method
-    averages, are not: writing a state sets them back to what they were at first, since they would
-    otherwise tell how many batches this rank happened to train.
+    BatchNorm's running statistics are part of it. What no method averages is not: integer buffers
+    (BatchNorm's counters) and buffers that are not persistent. Writing a state sets them back to
+    what they were at first, since they would otherwise tell which clients this rank happened to
+    train. Tensors are looked up by name each time: a forward pass may put new ones in their place.
 
     Args:
         module: Its parameters and buffers, in ``state_dict`` order.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        tensors = module.state_dict().values()
-        self.tensors = [t for t in tensors if t.is_floating_point()]
-        self.counters = [(t, t.clone()) for t in tensors if not t.is_floating_point()]
-        self.splits = [t.numel() for t in self.tensors]
+        self.module = module
+        states = module.state_dict()
+        self.names = [n for n, t in states.items() if _is_averaged(t)]
+        self.splits = [states[n].numel() for n in self.names]
         self.size: int = sum(self.splits)
+        averaged = set(self.names)
+        self.others = [
+            (owner, key, tensor.detach().clone())
+            for prefix, owner in module.named_modules()
+            for key, tensor in owner.named_buffers(recurse=False, remove_duplicate=False)
+            if f"{prefix}.{key}".lstrip(".") not in averaged
+        ]
+
+    def _tensors(self) -> list[Tensor]:
+        states = self.module.state_dict()
+        return [states[name] for name in self.names]
 
     def read(self) -> Tensor:
         """A copy of the module's state. Shape: (P,)."""
-        return torch.cat([t.detach().reshape(-1) for t in self.tensors])
+        return torch.cat([t.detach().reshape(-1) for t in self._tensors()])
 
     @torch.no_grad()
     def write(self, state: Tensor) -> None:
         """Set the module's state in place. Shape: (P,)."""
-        for tensor, part in zip(self.tensors, torch.split(state, self.splits), strict=True):
+        parts = torch.split(state, self.splits)
+        for tensor, part in zip(self._tensors(), parts, strict=True):
             tensor.copy_(part.view_as(tensor))
-        for counter, first in self.counters:
-            counter.copy_(first)
+        for owner, key, first in self.others:
+            current = getattr(owner, key)
+            if isinstance(current, Tensor) and current.shape == first.shape:
+                current.copy_(first)
+            else:  # a cache that has grown, or was emptied
+                setattr(owner, key, first.clone())
+
+
+def _is_averaged(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def exact_average(
@@ -89,7 +111,8 @@ def exact_average(
     local_clients = [k for k in states if weights.get(k)]
     for client in local_clients:
         term = states[client].to(device).double() * weights[client]
-        largest = [part.abs().max() for part in torch.split(term, list(splits))]
+        parts = torch.split(term, list(splits))
+        largest = [p.abs().max() if p.numel() else p.new_zeros(()) for p in parts]
         peak = torch.maximum(peak, torch.stack(largest).nan_to_num(torch.inf, torch.inf))
     all_reduce(peak, "max")
     if not bool(peak.isfinite().all()):  # on every rank, so that none waits for another

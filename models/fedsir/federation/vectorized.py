@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn, optim
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
 from fulgurite.devices import move
 from fulgurite.errors import ConfigError
@@ -24,6 +24,7 @@ from fulgurite.models.fedsir.federation.objectives import LogitLoss, MiniBatch, 
 from fulgurite.models.fedsir.federation.states import ClientStates
 from fulgurite.models.fedsir.federation.training import LocalTrainer, OptimizerFactory
 from fulgurite.models.fedsir.losses import logit_adjusted_cross_entropy
+from fulgurite.stateless import call_with_tensors, find_tensor_paths
 
 __all__ = ["train_group", "vectorizable"]
 
@@ -144,6 +145,7 @@ class _Stack:
         names |= {id(b): n for n, b in network.named_buffers()}
         entries = network.state_dict(keep_vars=True).values()
         self.entries = [names[id(t)] for t in entries if t.is_floating_point()]
+        self.paths = find_tensor_paths(network)
 
     @torch.no_grad()
     def drop(self, rows: int, optimizer: optim.Optimizer) -> list[Tensor]:
@@ -154,7 +156,7 @@ class _Stack:
             optimizer: Optimizer of the stacked parameters.
         """
         tensors = self.parameters | self.buffers
-        flat = torch.cat([tensors[n][rows:].flatten(1) for n in self.entries], 1)
+        flat = torch.cat([_flatten_rows(tensors[n][rows:]) for n in self.entries], 1)
         for parameter in self.parameters.values():
             state = optimizer.state.get(parameter, {})
             for key, value in state.items():
@@ -164,6 +166,11 @@ class _Stack:
             parameter.data = parameter.data[:rows]
         self.buffers = {n: b[:rows] for n, b in self.buffers.items()}
         return list(flat)
+
+
+def _flatten_rows(stacked: Tensor) -> Tensor:
+    """Turn a stack of tensors, which may be scalars, into rows. Shape: (G, …) to (G, M)."""
+    return stacked.flatten(1) if stacked.ndim > 1 else stacked[:, None]
 
 
 class _StackedLoss:
@@ -210,7 +217,7 @@ class _StackedLoss:
         if self.strength is None:
             return loss
         anchor = {n: a if len(a) == 1 else a[rows] for n, a in self.anchor.items()}
-        drift = [(p - anchor[n]).square().flatten(1).sum(1) for n, p in parameters.items()]
+        drift = [_flatten_rows((p - anchor[n]).square()).sum(1) for n, p in parameters.items()]
         return loss + self.strength[rows] / 2 * torch.stack(drift).sum(0)
 
 
@@ -224,8 +231,9 @@ def _gradients(
     if len(groups) == 1:
         every = slice(0, len(batches))
         return _backward(
-            trainer, loss, every, stack.parameters, buffers=stack.buffers, batches=batches
-        )
+            trainer, loss, every, stack.parameters, buffers=stack.buffers, batches=batches,
+            paths=stack.paths,
+        )  # fmt: skip
     # tail batches differ in size, and BatchNorm must see each as it is: one pass per size
     values = torch.empty(len(batches), device=trainer.device)
     for rows in groups.values():
@@ -236,7 +244,7 @@ def _gradients(
         buffers = {n: b[at] for n, b in stack.buffers.items()}
         row_batches = [batches[row] for row in rows]
         values[at] = _backward(
-            trainer, loss, at, parameters, buffers=buffers, batches=row_batches
+            trainer, loss, at, parameters, buffers=buffers, batches=row_batches, paths=stack.paths
         ).to(values)
         for name, buffer in stack.buffers.items():
             buffer[at] = buffers[name]
@@ -258,6 +266,7 @@ def _backward(
     *,
     buffers: Mapping[str, Tensor],
     batches: Sequence[MiniBatch],
+    paths: Mapping[str, str],
 ) -> Tensor:
     """Run mini-batches of one size through their rows' models, and back. Shape: (G,)."""
     images = torch.stack([b.images for b in batches])
@@ -265,20 +274,23 @@ def _backward(
     # BatchNorm has no variance of one sample; the loop does the same
     trainer.network.train(labels.shape[1] > 1)
 
-    def forward(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
-        return functional_call(trainer.network, (parameters, buffers), (x,))  # type: ignore[no-any-return]
+    def forward(tensors: dict[str, Tensor], x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        logits, assigned = call_with_tensors(trainer.network, tensors, x, paths=paths)
+        return logits, {n: t for n, t in assigned.items() if n in buffers}
 
     try:
         with trainer.autocast():
-            logits = vmap(forward)(dict(parameters), dict(buffers), images)
+            logits, assigned = vmap(forward)({**parameters, **buffers}, images)
             values = loss(rows, parameters, logits, labels)
-    except RuntimeError as error:
-        if "vmap" not in str(error):
-            raise
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # an operation that vmap does not know, in words of any kind
         raise ConfigError(
             f"{type(trainer.network).__name__} cannot train many clients in one pass: "
             f"{str(error).splitlines()[0]}",
             "Set --model.init_args.local.vectorize=0.",
         ) from error
+    for name, buffer in assigned.items():
+        buffers[name].copy_(buffer.detach())
     values.sum().backward()  # type: ignore[no-untyped-call]
     return values.detach()
