@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 import yaml
 
+from fulgurite.datamodules.cs_arm_bn.site_names import is_address
 from fulgurite.datamodules.cs_arm_bn.sources import refuse_shared_files
 from fulgurite.datamodules.cs_arm_bn.table import PlateTable
 from fulgurite.datamodules.cs_arm_bn.table_files import read_table
@@ -106,7 +107,7 @@ def check_plates(
     table = source.load()
     refuse_shared_files(table)
     names = dict.fromkeys(name for paths in table.paths() for name in paths)
-    return table, [name for name in names if "://" not in name and not os.path.isfile(name)]
+    return table, [name for name in names if not is_address(name) and not os.path.isfile(name)]
 
 
 def describe_classes(table: PlateTable) -> list[str]:
@@ -196,7 +197,7 @@ def main(argv: list[str]) -> int:
             f"{len(absent)} images of the table {options.file} are not there, first {absent[0]}.",
             "Put them there, or give `--root` or `--prefixes`.",
         )
-    addresses = sum("://" in name for paths in table.paths() for name in paths)
+    addresses = sum(is_address(name) for paths in table.paths() for name in paths)
     if addresses:
         print(
             f"images: {addresses} addresses, which are not looked for (a run reads those that "

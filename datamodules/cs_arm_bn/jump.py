@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING
 from fulgurite.data.exclusions import Exclusion, check_exclude, exclude_hint, name_some
 from fulgurite.datamodules.cs_arm_bn.jump_metadata import JumpMetadata
 from fulgurite.datamodules.cs_arm_bn.jump_options import JumpFiles, Perturbations, PlateSelection
-from fulgurite.datamodules.cs_arm_bn.site_names import find_same_channel, name_wells
+from fulgurite.datamodules.cs_arm_bn.site_names import (
+    find_same_channel,
+    is_address,
+    name_wells,
+)
 from fulgurite.datamodules.cs_arm_bn.site_readers import FileReader, SiteReader
 from fulgurite.datamodules.cs_arm_bn.sources import PlateSource, check_channels, locate
 from fulgurite.datamodules.cs_arm_bn.table import PlateTable
@@ -121,7 +125,7 @@ class JumpPlates(PlateSource):
     @property
     def reader(self) -> SiteReader:
         """Reader of 16-bit TIFFs on this machine or at addresses that ``prefixes`` allows."""
-        remote = [replacement for replacement in self.prefixes.values() if "://" in replacement]
+        remote = [replacement for replacement in self.prefixes.values() if is_address(replacement)]
         return FileReader(self.in_channels, remote=remote if self.prefixes else [_GALLERY])
 
     def _class_ids(self) -> list[str]:
@@ -236,13 +240,15 @@ class JumpPlates(PlateSource):
         ].itertuples(index=False):
             name = f"{source}|{batch}|{plate}"
             table_path = root / self.files.load_data.format(source=source, batch=batch, plate=plate)
-            if find_table(table_path) is None:
+            file = find_table(table_path)
+            if file is None:
                 bad.setdefault("missing_plate", []).append((name, 0))
                 continue
             try:
                 part = read_table(table_path, ["Metadata_Well", "Metadata_Site"])
             except DataError as error:
-                if not isinstance(error.__cause__, pd.errors.EmptyDataError):
+                is_empty = isinstance(error.__cause__, pd.errors.EmptyDataError)
+                if not is_empty and file.stat().st_size:
                     raise
                 part = pd.DataFrame()
             if not len(part):

@@ -21,12 +21,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "find_same_channel",
+    "is_address",
     "name_wells",
     "refuse_alike_sites",
     "simplify_paths",
     "well_name",
 ]
 
+# the scheme of an address has two characters or more: one is a drive of Windows
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _SITE = re.compile(r"0*(\d+?)(?:\.0+)?")
 _WELL = re.compile(r"([A-Za-z]{1,2})0*([1-9]\d?)")
 
@@ -72,6 +75,16 @@ def name_wells(frame: pd.DataFrame, plate: Sequence[str], origin: str) -> pd.Ser
     return wells
 
 
+def is_address(path: str) -> bool:
+    r"""Tell whether a path is an address; a drive of Windows is none.
+
+    Example:
+        >>> is_address("s3://bucket/a.tif"), is_address("C://plates//a.tif"), is_address("/a://b")
+        (True, False, False)
+    """
+    return _ADDRESS.match(path) is not None
+
+
 def simplify_paths(paths: pd.Series) -> pd.Series:
     r"""Return paths in one spelling: ``a/./b``, ``a//b`` and ``a\\b`` are ``a/b``.
 
@@ -80,8 +93,8 @@ def simplify_paths(paths: pd.Series) -> pd.Series:
     Shape:
         - paths: (R,) -> (R,).
     """
-    unusual = paths.str.contains(r"\\|//|(?:^|/)\.", na=False) & ~paths.str.contains(
-        "://", na=False
+    unusual = paths.str.contains(r"\\|//|(?:^|/)\.", na=False) & ~paths.str.match(
+        _ADDRESS.pattern, na=False
     )
     if not unusual.any():
         return paths

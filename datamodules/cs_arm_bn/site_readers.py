@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from fulgurite.data.exclusions import BadImage
 from fulgurite.data.images import ImageRefused, decode_image, reading_image
+from fulgurite.datamodules.cs_arm_bn.site_names import is_address
 from fulgurite.errors import DataError
 from fulgurite.extras import optional_import
 
@@ -41,7 +42,7 @@ def _open_source(path: str, remote: Sequence[str]) -> tuple[IO[bytes], int]:
         DataError: The address is not allowed.
         BadImage: The file cannot be fetched.
     """
-    if "://" in path:
+    if is_address(path):
         if not path.startswith(tuple(remote)):
             raise DataError(
                 f"The table of plates names the address {path}, and may name files only.",
@@ -100,7 +101,7 @@ class SiteReader(ABC):
         """Yield what changes with the files: size and time of those on this machine."""
         for path in paths:
             try:
-                status = None if "://" in path else os.stat(path)
+                status = None if is_address(path) else os.stat(path)
             except OSError:
                 status = None
             yield path if status is None else f"{path} {status.st_size} {status.st_mtime_ns}"
@@ -129,7 +130,7 @@ class FileReader(SiteReader):
     def __call__(self, paths: Sequence[str]) -> NDArray[Any]:
         """Return a raw site: see :meth:`SiteReader.__call__`."""
         read = partial(self.read_file, is_channel=len(paths) > 1 or self.channels == 1)
-        if len(paths) > 1 and "://" in paths[0]:  # fetched in parallel
+        if len(paths) > 1 and is_address(paths[0]):  # fetched in parallel
             with ThreadPoolExecutor(len(paths)) as pool:
                 planes = list(pool.map(read, paths))
         else:

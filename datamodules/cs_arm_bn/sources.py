@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fulgurite.datamodules.cs_arm_bn.preprocess import Preprocess
-from fulgurite.datamodules.cs_arm_bn.site_names import simplify_paths
+from fulgurite.datamodules.cs_arm_bn.site_names import is_address, simplify_paths
 from fulgurite.datamodules.cs_arm_bn.site_readers import FileReader, SiteReader
 from fulgurite.datamodules.cs_arm_bn.table import PlateTable
 from fulgurite.errors import ConfigError, DataError
@@ -102,7 +102,7 @@ def check_images(table: PlateTable, source: PlateSource) -> None:
         return
     first = np.unique(table.domain, return_index=True)[1]
     files = [paths[0] for paths in table.paths(first.astype(np.int64))]
-    if not any("://" in f or _is_there(f) for f in files):
+    if not any(is_address(f) or _is_there(f) for f in files):
         raise DataError(
             f"None of the {len(files)} plates has its first image where the plate table says, "
             f"first {files[0]}.",
@@ -158,4 +158,4 @@ def locate(path: str, root: Path, prefixes: Mapping[str, str]) -> str:
         if path.startswith(prefix):
             path = replacement + path[len(prefix) :]
             break
-    return path if "://" in path else os.path.join(root, path.replace("\\", "/"))
+    return path if is_address(path) else os.path.join(root, path.replace("\\", "/"))

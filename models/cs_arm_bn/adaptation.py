@@ -5,7 +5,7 @@ Axes: L queries, N controls, C channels, H W image.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -34,10 +34,10 @@ __all__ = [
 @torch.no_grad()
 def adapt(
     model: nn.Module,
-    controls: Sequence[Tensor],
+    controls: Iterable[Tensor],
     domain: Hashable,
     *,
-    queries: Sequence[Tensor] = (),
+    queries: Iterable[Tensor] = (),
     weight: float | Literal["adaptive"] | None = None,
 ) -> dict[str, Tensor]:
     """Compute and store the exact statistics of a plate at every layer, with the memory of a chunk.
@@ -108,7 +108,7 @@ def adapt(
     return stored_statistics(model, domain)
 
 
-def _check_chunks(kind: str, chunks: Sequence[Tensor] | Tensor) -> list[tuple[str, Tensor]]:
+def _check_chunks(kind: str, chunks: Iterable[Tensor]) -> list[tuple[str, Tensor]]:
     """Return the chunks that are not empty, with their kind.
 
     Raises:
@@ -120,6 +120,7 @@ def _check_chunks(kind: str, chunks: Sequence[Tensor] | Tensor) -> list[tuple[st
             "chunks.",
             "Give [images], or images.split(64) to save memory.",
         )
+    chunks = list(chunks)  # of a generator, too
     for x in chunks:
         if not isinstance(x, Tensor) or x.ndim < 2:
             description = f"{tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

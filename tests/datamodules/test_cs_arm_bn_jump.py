@@ -298,6 +298,7 @@ def test_a_plate_without_load_data_stops_or_counts(bucket):
         pytest.param("nothing", marks=pytest.mark.slow),
         pytest.param("blank line", marks=pytest.mark.slow),
         "empty gzip",
+        "empty parquet",
     ],
 )
 def test_an_empty_load_data_stops_or_counts(bucket, content):
@@ -307,6 +308,8 @@ def test_an_empty_load_data_stops_or_counts(bucket, content):
     if content == "empty gzip":
         path.with_suffix(".csv.gz").write_bytes(gzip.compress(b""))
         path.unlink()
+    if content == "empty parquet":
+        path.rename(path.with_suffix(".parquet"))
     with pytest.raises(DataError, match=r"1 plates whose load_data is empty.*exclude=\[empty_pl"):
         read(bucket)
     table = read(bucket, exclude=["empty_plate"])

@@ -11,6 +11,7 @@ import tifffile
 
 from fulgurite.datamodules.cs_arm_bn import CsvPlates
 from fulgurite.datamodules.cs_arm_bn.command import COLUMNS, main, template
+from fulgurite.errors import DataError
 
 TABLE = list(csv.DictReader(io.StringIO(template())))
 CHANNELS = ["DNA", "Actin"]
@@ -142,7 +143,10 @@ def test_a_check_says_that_it_does_not_look_for_addresses(workdir, capsys):
 
 def test_a_check_follows_paths_of_another_machine(workdir, capsys):
     write_images(workdir)
-    (workdir / "plates.csv").write_text(template().replace("images/", "D:\\plates\\images\\"))
-    options = ["--prefixes={'D:\\plates\\': ''}", "--channels=Actin,DNA"]
-    assert main(["check", "plates.csv", *options]) == 0
-    assert "channels Actin, DNA" in capsys.readouterr().out
+    for folder in ("D:\\plates\\", "D://plates//"):  # the latter is no address
+        (workdir / "plates.csv").write_text(template().replace("images/", f"{folder}images/"))
+        with pytest.raises(DataError, match="88 images of the table"):
+            main(["check", "plates.csv"])
+        options = [f"--prefixes={{'{folder}': ''}}", "--channels=Actin,DNA"]
+        assert main(["check", "plates.csv", *options]) == 0
+        assert "channels Actin, DNA" in capsys.readouterr().out

@@ -317,6 +317,8 @@ def test_adapting_does_without_dropout_and_leaves_each_mode(chunks):
     assert [m.training for m in network.modules()] == modes
     second = adapt(network.eval(), images(6).chunk(chunks), "p")
     torch.testing.assert_close(first, second, rtol=0, atol=0)
+    third = adapt(network, (images(6)[k : k + 2] for k in (0, 2, 4)), "p")
+    torch.testing.assert_close(third, first)
 
 
 @pytest.mark.parametrize(

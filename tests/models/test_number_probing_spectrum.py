@@ -25,6 +25,7 @@ from fulgurite.models.number_probing import (
     spikes,
 )
 from fulgurite.models.number_probing.reports.report import ProbeSettings, measure
+from fulgurite.models.number_probing.spectra.fisher import describe_singular
 
 N = torch.arange(1000)
 
@@ -236,6 +237,19 @@ def test_singular_tables_are_measured_but_for_their_fisher_values(kind):
     statistics = scatter(x, 2, allow_singular=True)
     assert statistics.is_singular
     assert statistics.fisher.isnan().all()
+
+
+@pytest.mark.parametrize(("amplitude", "components"), [(0.1, 8), (9.0, 0)])
+def test_the_hint_about_a_singular_table_names_components_that_help(amplitude, components):
+    x = torch.cat([draw_normal(100, 8), amplitude * planted(torch.arange(100), 5, 2, noise=0.0)], 1)
+    _, hint = describe_singular(scatter(x, 5, allow_singular=True))
+    if not components:
+        assert "pca" not in hint
+        assert scatter(x, 5, pca=2, allow_singular=True).is_singular
+    else:
+        assert f"`--pca {components}`" in hint
+        assert not scatter(x, 5, pca=components).is_singular
+    assert "--ridge 0.01" in hint
 
 
 def test_traps_are_errors():  # (15)

@@ -220,7 +220,7 @@ def measure(
         })  # fmt: skip
     notes: tuple[str, ...] = ()
     if singular:
-        fewest = min(singular, key=lambda fisher: fisher.rank)
+        fewest = min(singular, key=lambda fisher: (fisher.regular, fisher.rank))
         periods = ", ".join(str(fisher.period) for fisher in singular)
         notes = (f"no Fisher values of T = {periods}: {' '.join(describe_singular(fewest))}",)
     return Report(len(x), x.shape[1], rows, full_spectrum, verdict, settings, notes)

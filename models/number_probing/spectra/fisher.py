@@ -40,6 +40,7 @@ class Scatter:
         ridge: ρ: ρ Tr(S_W)/D · I was added to S_W.
         pca: Principal components used, or None for all dimensions.
         rank: Rank of S_W, without the ridge.
+        regular: Largest number of leading principal components whose S_W is not singular.
 
     ``fisher``, ``condition`` and ``bounds`` depend on ``ridge`` and ``pca``: report these too.
 
@@ -57,6 +58,7 @@ class Scatter:
     ridge: float
     pca: int | None
     rank: int
+    regular: int
 
     @property
     def is_singular(self) -> bool:
@@ -72,13 +74,38 @@ def describe_singular(singular: Scatter) -> tuple[str, str]:
         >>> describe_singular(scatter(x, 2, allow_singular=True))[0]
         'S_W of T = 2 is singular: 2 dimensions, and residues vary in 1 of them.'
     """
-    dimensions = max(1, singular.rank)
+    fewer = (
+        f" or keep fewer dimensions (`--pca {singular.regular}`; pca: {singular.regular})"
+        if singular.regular
+        else ""
+    )
     return (
         f"S_W of T = {singular.period} is singular: {len(singular.within)} dimensions, and "
         f"residues vary in {singular.rank} of them.",
-        f"Set a ridge (`--ridge 0.01`; ridge: 0.01 in YAML) or keep fewer dimensions "
-        f"(`--pca {dimensions}`; pca: {dimensions}), and name it beside.",
+        f"Set a ridge (`--ridge 0.01`; ridge: 0.01 in YAML){fewer}, and name it beside.",
     )
+
+
+def _count_regular_components(x: Tensor, residues: Tensor, period: int) -> int:
+    """Count the leading principal components whose S_W is not singular.
+
+    Args:
+        x: Centred rows. Shape: (N, D).
+        residues: n mod T of each row. Shape: (N,).
+        period: T.
+    """
+    components = principal_components(x, min(x.shape))
+    residuals = components - class_means(components, residues, period)[residues]
+    within = residuals.mT @ residuals / len(x)
+    low, high = 0, len(within)
+    while low < high:  # eigenvalues interlace: what is singular stays so with more components
+        middle = (low + high + 1) // 2
+        eigenvalues = torch.linalg.eigvalsh(within[:middle, :middle])
+        if eigenvalues[0] > eigenvalues[-1] * middle * torch.finfo(x.dtype).eps:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def principal_components(x: Tensor, keep: int) -> Tensor:
@@ -166,6 +193,7 @@ def scatter(
         singular = Scatter(
             period, between, within, phi, phi / total if total else 0.0, undefined, math.inf,
             (math.nan, math.nan), ridge, pca_dimensions, rank,
+            _count_regular_components(centred, n % period, period),
         )  # fmt: skip
         if not allow_singular:
             raise DataError(*describe_singular(singular))
@@ -187,4 +215,5 @@ def scatter(
         ridge,
         pca_dimensions,
         rank,
+        regular=width,
     )

@@ -394,6 +394,8 @@ def _decode_pages(image: Any, pages: list[Any], size: int) -> NDArray[Any]:
 
     _refuse_truncated(pages, size)
     compression, predictor = pages[0].compression, pages[0].predictor
+    if compression == tifffile.COMPRESSION.LZMA:  # its decoder has no bound on what it expands to
+        raise _refuse_codec(compression)
     try:
         _ = tifffile.TIFF.DECOMPRESSORS[compression], tifffile.TIFF.UNPREDICTORS[predictor]
     except KeyError as error:
@@ -407,7 +409,8 @@ def _decode_pages(image: Any, pages: list[Any], size: int) -> NDArray[Any]:
 
 def _refuse_codec(compression: Any) -> ImageRefused:
     name = getattr(compression, "name", None)
-    if name is not None and importlib.util.find_spec("imagecodecs") is None:
+    is_absent = name not in (None, "LZMA") and importlib.util.find_spec("imagecodecs") is None
+    if is_absent:
         return ImageRefused(
             f"is compressed by {name}, which needs imagecodecs",
             suggest_extra("plates"),

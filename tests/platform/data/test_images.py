@@ -226,6 +226,16 @@ def test_a_codec_that_is_not_installed_is_named(any_depth, code, name):
     assert name in str(error.value)
 
 
+def test_a_codec_that_is_not_read_is_no_damage():
+    content = bytearray(tiff(numbers(6, 5)))
+    with tifffile.TiffFile(io.BytesIO(bytes(content))) as file:
+        offset = file.pages.first.tags["Compression"].valueoffset
+    content[offset : offset + 2] = tifffile.COMPRESSION.LZMA.to_bytes(2, "little")
+    with pytest.raises(ImageRefused, match="compressed by LZMA, which is not read") as refused:
+        read(bytes(content))
+    assert refused.value.hint == "Save it uncompressed or with deflate."
+
+
 # --- NumPy, names of errors
 
 
