@@ -239,17 +239,17 @@ def test_singular_tables_are_measured_but_for_their_fisher_values(kind):
     assert statistics.fisher.isnan().all()
 
 
-@pytest.mark.parametrize(("amplitude", "components"), [(0.1, 8), (9.0, 0)])
-def test_the_hint_about_a_singular_table_names_components_that_help(amplitude, components):
-    x = torch.cat([draw_normal(100, 8), amplitude * planted(torch.arange(100), 5, 2, noise=0.0)], 1)
-    _, hint = describe_singular(scatter(x, 5, allow_singular=True))
-    if not components:
-        assert "pca" not in hint
-        assert scatter(x, 5, pca=2, allow_singular=True).is_singular
-    else:
-        assert f"`--pca {components}`" in hint
-        assert not scatter(x, 5, pca=components).is_singular
+@pytest.mark.parametrize(("radius", "components"), [(0.1, 8), (9.0, 0)])
+def test_the_hint_about_a_singular_table_names_components_that_help(radius, components):
+    noise = draw_normal(100, 8).reshape(20, 5, 8)
+    circle = radius * planted(torch.arange(100), 5, 2, noise=0.0)  # does not vary within residues
+    x = torch.cat([(noise - noise.mean(0)).reshape(100, 8), circle], 1)
+    statistics = scatter(x, 5, allow_singular=True)
+    assert statistics.regular == components
+    _, hint = describe_singular(statistics)
     assert "--ridge 0.01" in hint
+    assert ("--pca 8" in hint) == bool(components)
+    assert scatter(x, 5, pca=8, allow_singular=True).is_singular != bool(components)
 
 
 def test_traps_are_errors():  # (15)
