@@ -86,6 +86,19 @@ def describe_singular(singular: Scatter) -> tuple[str, str]:
     )
 
 
+def _measure_rounding(highest: float, width: int, size: int, total: float) -> float:
+    """Return the eigenvalue of S_W up to which one may be rounding.
+
+    Args:
+        highest: Largest eigenvalue.
+        width: D.
+        size: N.
+        total: Trace of S_B and S_W, on the rounding of which deviations from means depend.
+    """
+    eps = torch.finfo(torch.float64).eps
+    return max(highest * width * eps, (size * eps) ** 2 * total)
+
+
 def _count_regular_components(x: Tensor, residues: Tensor, period: int) -> int:
     """Count the leading principal components whose S_W is not singular.
 
@@ -97,11 +110,12 @@ def _count_regular_components(x: Tensor, residues: Tensor, period: int) -> int:
     components = principal_components(x, min(x.shape))
     residuals = components - class_means(components, residues, period)[residues]
     within = residuals.mT @ residuals / len(x)
+    total = float(x.square().sum()) / len(x)
     low, high = 0, len(within)
     while low < high:  # eigenvalues interlace: what is singular stays so with more components
         middle = (low + high + 1) // 2
         eigenvalues = torch.linalg.eigvalsh(within[:middle, :middle])
-        if eigenvalues[0] > eigenvalues[-1] * middle * torch.finfo(x.dtype).eps:
+        if float(eigenvalues[0]) > _measure_rounding(float(eigenvalues[-1]), middle, len(x), total):
             low = middle
         else:
             high = middle - 1
@@ -185,10 +199,11 @@ def scatter(
     eigenvalues = torch.linalg.eigvalsh(within)
     shift = ridge * float(eigenvalues.mean())
     low, high = float(eigenvalues[0]) + shift, float(eigenvalues[-1]) + shift
-    rounding = float(eigenvalues[-1]) * width * torch.finfo(x.dtype).eps
+    total_scatter = float(between.trace() + within.trace())
+    rounding = _measure_rounding(float(eigenvalues[-1]), width, size, total_scatter)
     rank = int((eigenvalues > rounding).sum())
     pca_dimensions = pca if pca is not None and pca < x.shape[1] else None
-    if low <= high * width * torch.finfo(x.dtype).eps:
+    if low <= _measure_rounding(high, width, size, total_scatter):
         undefined = x.new_full((period - 1,), math.nan)
         singular = Scatter(
             period, between, within, phi, phi / total if total else 0.0, undefined, math.inf,
