@@ -16,7 +16,7 @@ from fulgurite.datamodules.ice_layers.climate.fields import PHYSICS, check_field
 from fulgurite.datamodules.ice_layers.flights import StackSource
 from fulgurite.datamodules.ice_layers.generator.synthetic import GeneratedLayerFiles
 from fulgurite.datamodules.ice_layers.readers.koenig import KoenigPicks
-from fulgurite.datamodules.ice_layers.readers.layer_files import LayerFiles
+from fulgurite.datamodules.ice_layers.readers.layer_files import LayerFiles, SegmentSelection
 from fulgurite.datamodules.ice_layers.readers.layer_frames import FRAME_NAME
 from fulgurite.datamodules.ice_layers.readers.npz import NpzStacks
 from fulgurite.datamodules.ice_layers.readers.sred import SredMat
@@ -152,8 +152,8 @@ def find_input_stacks(
     """
     if isinstance(source, GeneratedLayerFiles):
         source = source.reader()
-    names = [name for name, _ in list_files(path)] if path.is_dir() else [path.name]
-    names = [name.rpartition("/")[2] for name in names]
+    files = list_files(path) if path.is_dir() else [(path.name, path)]
+    names = [name.rpartition("/")[2] for name, _ in files]
     exclude = sorted(getattr(source, "exclude", ()))
     if isinstance(source, LayerFiles) and any(map(FRAME_NAME.fullmatch, names)):
         if any(name.endswith(".npz") for name in names):
@@ -161,9 +161,11 @@ def find_input_stacks(
                 f"--input={path} holds both layer files and stacks as .npz.",
                 "Name the folder of one kind.",
             )
+        folders = {part for _, file in files for part in file.parent.parts}
+        prefer = tuple(name for name in source.selection.prefer if name in folders)
         return LayerFiles(
             [str(path)], source.climate, layers, blocks=source.blocks, picks=source.picks,
-            exclude=exclude, thickest=source.thickest,
+            selection=SegmentSelection(prefer=prefer), exclude=exclude, thickest=source.thickest,
         )  # fmt: skip
     if isinstance(source, KoenigPicks) and any(name.endswith(".txt") for name in names):
         return KoenigPicks(

@@ -545,6 +545,16 @@ def test_each_flight_says_what_its_first_pick_is(tmp_path):
 def test_bins_have_no_depth_zero(tmp_path):
     with pytest.raises(ConfigError, match="surface"):
         koenig_picks(["x"], thickness="bins", surface="zero")
+    # the first pick is a year's layer, by its depth
+    koenig_table(
+        tmp_path, f"IRSNO1B_{SEGMENT}_015", np.tile(THICKNESS.cumsum(), (30, 1)), SEGMENT_START
+    )
+    options = {"count": 3, "traces": 30, "thickness": "bins", "density": 0.4}
+    with pytest.raises(DataError, match="not the surface, whose range bin") as error:
+        koenig_picks([str(tmp_path)], **options).load()
+    assert "thickness=depth" in error.value.hint
+    flights = koenig_picks([str(tmp_path)], surface="first_pick", **options).load()
+    assert flights.stacks[0].thickness.shape == (30, 3)
 
 
 # --- real frames ----------------------------------------------------------------------------------

@@ -485,9 +485,8 @@ def test_koenigs_tables(tmp_path):
         np.testing.assert_array_equal(again.stacks[0].thickness, stack.thickness)
         assert "crossed" not in again.report()
     (tmp_path / "mapdata2012.txt").write_text("\n".join(lines))
-    bins = koenig_picks(
-        [str(tmp_path / "mapdata2012.txt")], count=3, thickness="bins", density=0.4, traces=30
-    ).load()
+    options = {"thickness": "bins", "surface": "first_pick", "density": 0.4}
+    bins = koenig_picks([str(tmp_path / "mapdata2012.txt")], count=3, traces=30, **options).load()
     step = 2.88567e-10 * 299_792_458 / (2 * (1 + 0.845 * 0.4))
     np.testing.assert_allclose(
         bins.stacks[0].thickness[0], thickness[0, 1:] / 0.0323 * step, rtol=1e-4

@@ -10,7 +10,13 @@ import pytest
 import torch
 
 import fulgurite as package
-from fulgurite.datamodules.ice_layers import KoenigPicks, LayerFiles, SredMat, StackSource
+from fulgurite.datamodules.ice_layers import (
+    KoenigPicks,
+    LayerFiles,
+    SegmentSelection,
+    SredMat,
+    StackSource,
+)
 from fulgurite.datamodules.ice_layers.prediction import find_input_stacks
 from fulgurite.errors import CheckpointError, DataError
 
@@ -236,6 +242,12 @@ def test_each_source_reads_its_kind_of_files():
 
     tables = find("mapdata1.txt", KoenigPicks(["old"], count=7, surface="zero"))
     assert (tables.files, tables.count, tables.surface) == (["mapdata1.txt"], 7, "zero")
+    for folder in ("a", "b"):
+        Path("season", folder).mkdir(parents=True)
+        Path("season", folder, "Data_20120330_01_001.mat").touch()
+    selection = SegmentSelection(prefer=("b", "elsewhere"))
+    frames = find("season", LayerFiles(["old"], count=7, selection=selection))
+    assert frames.paths() == {"20120330_01": [Path("season/b/Data_20120330_01_001.mat").absolute()]}
     sred = find("sred", SredMat("old", count=7, traces=64))
     assert [path.name for path in sred.paths()["train"]] == ["20120330_04_0939_2km.mat"]
     assert (sred.count, sred.traces) == (7, 64)

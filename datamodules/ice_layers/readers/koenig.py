@@ -70,6 +70,14 @@ def read_picks(path: Path, from_bins: bool = False) -> dict[str, tuple[Array, Ar
 
     Source: docs/papers/ice_layers.md section 3.2, item 3.
     """
+    return {
+        segment: (*_read_traces(table), _read_boundaries(table, from_bins))
+        for segment, table in _read_tables(path).items()
+    }
+
+
+def _read_tables(path: Path) -> dict[str, Array]:
+    """Columns behind the first one, by segment. Shape of each: (M, 5 + 5 K)."""
     rows: dict[str, list[list[float]]] = {}
     columns = 0
     with reading(path, "The picks", f"Set `{_OPTION}.files`."):
@@ -102,17 +110,21 @@ def read_picks(path: Path, from_bins: bool = False) -> dict[str, tuple[Array, Ar
             f"The table {path} holds no picks.",
             f"Set `{_OPTION}.files` to others, or `{_OPTION}.exclude+=unreadable`.",
         )
-    tables = {}
-    for segment, values_ in rows.items():
-        table = np.asarray(values_, np.float64)
-        picks_of = table[:, _HEAD - 1 :].reshape(len(table), -1, _PER_LAYER)
-        bins, depth = picks_of[..., 0], picks_of[..., 1]
-        missing = (bins < 0) | (depth < 0) | ~np.isfinite(picks_of[..., :2]).all(-1)
-        missing[:, 1:] |= (bins[:, 1:] == 0) | (depth[:, 1:] == 0)  # only the surface is at 0
-        picks = bins * table[:, 4:5] if from_bins else depth
-        boundaries = np.where(missing, np.nan, picks)
-        tables[segment] = table[:, 0], table[:, 3], table[:, 1:3], boundaries
-    return tables
+    return {segment: np.asarray(lines, np.float64) for segment, lines in rows.items()}
+
+
+def _read_traces(table: Array) -> tuple[Array, Array, Array]:
+    """Numbers (M,), times (M,) [s] and positions (M, 2) [degrees] of the traces of a table."""
+    return table[:, 0], table[:, 3], table[:, 1:3]
+
+
+def _read_boundaries(table: Array, from_bins: bool) -> Array:
+    """Depths [m] or times [s] of the picks of a table, NaN where missing. Shape: (M, K)."""
+    picks_of = table[:, _HEAD - 1 :].reshape(len(table), -1, _PER_LAYER)
+    bins, depth = picks_of[..., 0], picks_of[..., 1]
+    missing = (bins < 0) | (depth < 0) | ~np.isfinite(picks_of[..., :2]).all(-1)
+    missing[:, 1:] |= (bins[:, 1:] == 0) | (depth[:, 1:] == 0)  # only the surface is at 0
+    return np.where(missing, np.nan, bins * table[:, 4:5] if from_bins else depth)
 
 
 class KoenigPicks(StackSource):
@@ -131,8 +143,8 @@ class KoenigPicks(StackSource):
         surface: What the first layer begins at: the ``first_pick`` of a trace, as the toolbox's
             own reader of these tables has it, or depth ``zero``. If not given, the first pick is
             the surface where its median depth is less than half of that of the layer below, which
-            is reported, and refused where flights differ in it; range bins know no depth, so that
-            the first pick is the surface.
+            is reported, and refused where flights differ in it. Range bins know no depth zero, so
+            that they are refused where the first pick is not the surface.
         exclude: What to leave out and count instead of stopping: tables that are ``unreadable``,
             stacks ``outside_climate``.
         thickest: Largest plausible median of all observed thicknesses [m], above which they are
@@ -230,16 +242,17 @@ class KoenigPicks(StackSource):
         """
         bins = self.thickness == "bins"
         parts: dict[str, list[tuple[Array, Array, Array, Array]]] = {}
+        depths: dict[str, list[Array]] = {}
         damaged: list[str] = []
         widths: dict[Path, int] = {}
         for path in self.paths():
-            table = read_or_leave(lambda path: read_picks(path, bins), path, self.exclude, damaged)
-            for segment, picks_of in (table or {}).items():
-                parts.setdefault(segment, []).append(picks_of)
-                widths[path] = picks_of[3].shape[1]
-        surface, notes = self._choose_surface(
-            {segment: [picks for *_, picks in some] for segment, some in parts.items()}
-        )
+            tables = read_or_leave(_read_tables, path, self.exclude, damaged)
+            for segment, table in (tables or {}).items():
+                picks = _read_boundaries(table, bins)
+                parts.setdefault(segment, []).append((*_read_traces(table), picks))
+                depths.setdefault(segment, []).append(_read_boundaries(table, from_bins=False))
+                widths[path] = picks.shape[1]
+        surface, notes = self._choose_surface(depths)
         needed = self.count + (surface == "first_pick")
         for path, boundaries in widths.items():
             if boundaries < needed:
@@ -290,23 +303,22 @@ class KoenigPicks(StackSource):
             thickest=self.thickest,
         )
 
-    def _choose_surface(self, picks_of: Mapping[str, Sequence[Array]]) -> tuple[str, list[str]]:
+    def _choose_surface(self, depths: Mapping[str, Sequence[Array]]) -> tuple[str, list[str]]:
         """Choose the surface of the first layer; also notes for the report.
 
         Each flight says it by itself, so that what is read with it decides nothing.
 
         Args:
-            picks_of: Segment -> the picks of its tables. Shape of each: (M, K).
+            depths: Segment -> the depths of the picks of its tables. Shape of each: (M, K).
 
         Raises:
-            DataError: Flights say different things.
+            DataError: Flights say different things, or range bins are to be used where the first
+                pick is not the surface.
         """
-        if self.thickness == "bins":
-            return "first_pick", []
         if self.surface is not None:
             return self.surface, []
         flights: dict[str, str] = {}
-        for segment, tables in sorted(picks_of.items()):
+        for segment, tables in sorted(depths.items()):
             if any(np.isfinite(picks).any() for picks in tables):
                 first, second = _typical_depths(tables)
                 is_surface = first < _FIRST_IS_SURFACE * second
@@ -317,11 +329,19 @@ class KoenigPicks(StackSource):
                 f"depth, those of flight {flights['zero']} are not, or nothing is below them.",
                 f"Set `{_OPTION}.surface` to first_pick or zero, or read them apart.",
             )
-        surface = next(iter(flights), "zero")
+        bins = self.thickness == "bins"
+        first, second = _typical_depths([t for tables in depths.values() for t in tables])
+        if not np.isfinite(second):  # there is no layer
+            return ("first_pick" if bins else next(iter(flights), "zero")), []
+        surface = next(iter(flights))
         is_surface = surface == "first_pick"
-        first, second = _typical_depths([t for tables in picks_of.values() for t in tables])
-        if not np.isfinite(first) or not np.isfinite(second):
-            return surface, []
+        if bins and not is_surface:
+            raise DataError(
+                f"The first picks lie at {first:.2f} m, the layer below is {second:.2f} m thick "
+                "(medians): they are not the surface, whose range bin the table does not have.",
+                f"Set `{_OPTION}.thickness=depth`, or `{_OPTION}.surface=first_pick` to take them "
+                "for it.",
+            )
         return surface, [
             f"the first picks lie at {first:.2f} m, the layer below is {second:.2f} m thick "
             f"(medians): they are taken for the {'surface' if is_surface else 'first layer'} "
