@@ -258,6 +258,7 @@ class CompletionWriter(Callback):
             metadata,
             trained_segments=trained_segments or _name_segments(data),
             details=data.describe_traces,
+            labels=getattr(data, "describe_layers", None),
             origin=self._origin,
         )
 

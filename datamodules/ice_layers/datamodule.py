@@ -48,7 +48,7 @@ from fulgurite.datamodules.ice_layers.stack import (
 from fulgurite.datamodules.ice_layers.statistics import fit_statistics
 from fulgurite.datamodules.ice_layers.tracks.records import describe_completed, times_below
 from fulgurite.domains.ice_layers.codes import METRES
-from fulgurite.domains.ice_layers.details import FlightDetails
+from fulgurite.domains.ice_layers.details import FlightDetails, LayerLabels
 from fulgurite.errors import CheckpointError, ConfigError, DataError
 from fulgurite.options import NonNegativeInt, PositiveInt, check_arguments, make_options
 
@@ -340,6 +340,16 @@ class IceLayerDataModule(StackLoaders):
             picked = np.concatenate([surface[:, None], stack.spans.picked], axis=1)
             described = replace(described, picked=picked)
         return described
+
+    def describe_layers(self, number: int) -> LayerLabels:
+        """Names and ages of the layers of a stack, after :meth:`setup`.
+
+        Args:
+            number: Number of the stack in :attr:`stacks`.
+        """
+        labels = self._every[number].labels
+        age = self.layer_age if labels.age is None else labels.age
+        return replace(labels, names=labels.names or self.layer_names, age=age)
 
     def check_write_back(self, folder: Path) -> None:
         """Refuse to write completed layers back where that is not possible, after :meth:`setup`.

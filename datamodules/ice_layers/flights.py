@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fulgurite.data.exclusions import Exclusion, name_some
 from fulgurite.datamodules.ice_layers.stack import Array, Flights
-from fulgurite.domains.ice_layers.details import FlightDetails
+from fulgurite.domains.ice_layers.details import FlightDetails, LayerLabels
 from fulgurite.errors import ConfigError, DataError
 
 __all__ = [
@@ -121,6 +121,8 @@ class FlightTrack:
         is_time: Whether ``boundaries`` is a time.
         truth: True thickness of generated data [m]. Shape: (M, L).
         record: Further arrays of the traces, such as time and elevation.
+        names: Names of the layers; those of other segments if empty.
+        age_source: Where ages come from; empty if nothing is known.
     """
 
     segment: str
@@ -131,6 +133,13 @@ class FlightTrack:
     is_time: bool = True
     truth: Array | None = None
     record: FlightDetails = field(default_factory=FlightDetails)
+    names: tuple[str, ...] = ()
+    age_source: str = ""
+
+    @property
+    def labels(self) -> LayerLabels:
+        """Names and ages of its layers."""
+        return LayerLabels(self.names, self.age, self.age_source)
 
 
 def order_traces(

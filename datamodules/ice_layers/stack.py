@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fulgurite.data.exclusions import Exclusion
 from fulgurite.datamodules.ice_layers.tracks.resample import Array
 from fulgurite.domains.ice_layers.codes import METRES, RANGE_BINS
-from fulgurite.domains.ice_layers.details import FlightDetails
+from fulgurite.domains.ice_layers.details import FlightDetails, LayerLabels
 from fulgurite.domains.ice_layers.geodesy import is_in_greenland
 from fulgurite.domains.ice_layers.spans import ArraySpans, Spans
 from fulgurite.errors import ConfigError, DataError
@@ -134,6 +134,7 @@ class LayerStack:
         unit: Unit of thicknesses, ``m`` or ``range bins``.
         record: Further arrays of the traces, such as time and elevation.
         spans: Measured sums of layers between picked boundaries, if any are known.
+        labels: Names and ages of its layers, as far as they may not be those of all stacks.
 
     Raises:
         DataError: Shapes do not fit, or a value is impossible: a thickness that is not positive,
@@ -160,6 +161,7 @@ class LayerStack:
     unit: str = METRES
     record: FlightDetails | None = None
     spans: ArraySpans | None = None
+    labels: LayerLabels = LayerLabels()
 
     def __post_init__(self) -> None:
         if self.thickness.ndim != 2:

@@ -14,8 +14,11 @@ from fakes.ice_layers import (
     make_flight,
     write_frame,
 )
+from scipy.io import savemat
 
 from fulgurite.datamodules.ice_layers.tracks.records import describe_completed
+
+DAY = 86_400.0
 
 
 def stacks(folder, **options):
@@ -87,6 +90,31 @@ def test_height_is_linear_between_traces_and_unknown_beside_unknown_ones(tmp_pat
     beside, far = np.abs(wanted - 30) < 0.9, np.abs(wanted - 30) > 1.1
     assert np.isnan(values[beside]).all()
     np.testing.assert_allclose(values[far], wanted[far], atol=0.01)
+
+
+def test_each_segment_has_its_own_names_and_ages(tmp_path):
+    folder, other = tmp_path / "CSARP_layer", "20140412_01"
+    recorded = make_flight()
+    write_frame(folder, 1, recorded, slice(None))
+    later = recorded | {"twtt": recorded["twtt"][:3], "gps_time": recorded["gps_time"] + 743 * DAY}
+    write_frame(folder, 1, later, slice(None), name=other)
+    for name, ages, names in (
+        (NAME, [0.0, 1, 2, 4], ["surface", "2011", "2010", "2008"]),
+        (other, [0.0, 3, 5], ["surface", "2011b", "2009b"]),
+    ):
+        content = {"lyr_id": np.arange(1.0, len(ages) + 1), "lyr_age": ages}
+        savemat(
+            folder / name / f"layer_{name}.mat", content | {"lyr_name": np.array(names, object)}
+        )
+    source = layer_files([str(folder)], density=0.4, traces=60, count=3)
+    data = ice_data(source, val=0.0, test=0.0)
+    data.setup()
+    first, second = (data.describe_layers(data.stacks.index(f"{n}_0000")) for n in (NAME, other))
+    assert (first.names, first.age.tolist()) == (("2011", "2010", "2008"), [1, 2, 4])
+    assert (second.names, second.age.tolist()) == (("2011b", "2009b", "2008"), [3, 5, 6])
+    assert first.age_source == "of the companion file"
+    assert second.age_source == "of the companion file down to layer 2, a year apart below"
+    assert "differ in the names of layers" in source.load().report()
 
 
 def test_a_jump_begins_a_new_run_whose_distance_goes_on(tmp_path):

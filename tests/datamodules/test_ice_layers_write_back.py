@@ -118,7 +118,8 @@ def test_absent_boundaries_get_numbers_and_the_companion_names_them(tmp_path):
     savemat(tmp_path / "in" / NAME / f"layer_{NAME}.mat", organizer)
     source = reader(tmp_path / "in", count=4)
     written = completed(source, recorded, tmp_path / "out")
-    assert source.age_source == "of the companion file down to layer 3, a year apart below"
+    ages_from = source.load().stacks[0].labels.age_source
+    assert ages_from == "of the companion file down to layer 3, a year apart below"
     assert written.filled > 2 * 58
     new = picks(tmp_path / "out")
     assert new.ids == (1, 7, 4, 9, 10)  # the listed one, and one that nobody has heard of
@@ -142,7 +143,8 @@ def test_without_a_companion_one_is_made(tmp_path):
     write_frame(tmp_path / "in", 1, with_gaps(recorded), slice(None))
     source = reader(tmp_path / "in")
     completed(source, recorded, tmp_path / "out")
-    assert source.age_source == "layers are taken to be a year apart, whatever they are"
+    ages_from = source.load().stacks[0].labels.age_source
+    assert ages_from == "layers are taken to be a year apart, whatever they are"
     named = read_organizer(tmp_path / "out" / NAME / f"layer_{NAME}.mat")
     assert named.names == {1: "surface", 2: "layer_01", 3: "layer_02", 4: "layer_03", 5: "layer_04"}
     assert named.age == {}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fakes.ice_layers import START
 
-from fulgurite.domains.ice_layers.details import FlightDetails
+from fulgurite.domains.ice_layers.details import FlightDetails, LayerLabels
 from fulgurite.errors import ConfigError, DataError, MissingExtraError
 from fulgurite.models.ice_layers.output import stacks as output
 from fulgurite.models.ice_layers.output.figures import (
@@ -372,7 +372,13 @@ def test_batches_are_taken_apart_by_stack():
             ["s0", "s1"], ["a", "b", "c"], one.physics_names, one.layer_names, one.layer_age
         ),
         trained_segments=["s7"],
+        labels=lambda number: LayerLabels(
+            tuple(f"{number}{k}" for k in range(one.observed.shape[1])), one.layer_age + number, "x"
+        ),
     )
+    assert [s.layer_names[0] for s in found] == ["20", "00"]
+    assert [s.layer_age[0] - one.layer_age[0] for s in found] == [2, 0]
+    assert [s.origin.age_source for s in found] == ["x", "x"]
     assert [(s.stack, s.segment) for s in found] == [("c", "s1"), ("a", "s0")]
     for stack, made in zip(found, (one, two), strict=True):
         assert stack.thickness.tobytes() == made.thickness.tobytes()

@@ -245,7 +245,10 @@ def join_frames(
     age = boundaries.layer_ages(count, ages)
     record = _describe_traces(frames, is_first, traces)
     record = replace(record, time=time[traces], time_scale="GPS", surface=picks[:, 0])
-    track = FlightTrack(segment, time[traces], pos, picks, age, record=record)
+    track = FlightTrack(
+        segment, time[traces], pos, picks, age, record=record,
+        age_source=boundaries.describe_ages(count, ages),
+    )  # fmt: skip
     return JoinedTrack(track, crossed, lost, contradicting)
 
 

@@ -143,7 +143,6 @@ class LayerFiles(StackSource):
     ) -> None:
         self._segments: dict[str, SegmentFiles] = {}
         self._names: tuple[str, ...] = ()
-        self._age_source = ""
         self.files = list(layers)
         self.climate = climate
         self.count = count
@@ -167,11 +166,6 @@ class LayerFiles(StackSource):
     def climate_files(self) -> tuple[str, ...]:
         """Names of the files of the climate model."""
         return () if self.climate is None else tuple(path.name for path in self.climate.paths())
-
-    @property
-    def age_source(self) -> str:
-        """Where ages of layers come from, once the files are read; of the first segment."""
-        return self._age_source
 
     @property
     def description(self) -> str:
@@ -271,7 +265,6 @@ class LayerFiles(StackSource):
             tracks.append(joined.track)
             crossed, lost = crossed + joined.crossed, lost + joined.lost
             contradicting += joined.contradicting
-            self._age_source = self._age_source or boundaries.describe_ages(count, self.picks.ages)
             self._segments[segment] = SegmentFiles(
                 used[segment], boundaries, count, self.picks.quality
             )
@@ -280,6 +273,9 @@ class LayerFiles(StackSource):
             description = "picks that differ from those of an overlapping file before"
             excluded.append(Exclusion("contradicting", description, contradicting))
         self._names = _longest_names(used_segments, count)
+        for track, (_, boundaries) in zip(tracks, used_segments.values(), strict=True):
+            own = boundaries.layer_names(count)[: boundaries.layers]
+            track.names = (*own, *self._names[len(own) :])
         return tracks, self._names, excluded, _notes(used_segments, tracks, count)
 
     def check_write_back(
@@ -442,5 +438,7 @@ def _notes(
     if fewer := sum(boundaries.layers < count for _, boundaries in read.values()):
         notes.append(f"{fewer} segments have fewer than {count} layers: the others are absent")
     if any(not np.array_equal(t.age, tracks[0].age) for t in tracks):
-        notes.append("segments differ in the ages of layers: those of the first are reported")
+        notes.append("segments differ in the ages of layers")
+    if any(t.names != tracks[0].names for t in tracks):
+        notes.append("segments differ in the names of layers")
     return notes

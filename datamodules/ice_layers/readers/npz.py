@@ -25,6 +25,7 @@ from fulgurite.datamodules.ice_layers.stack import (
 from fulgurite.datamodules.ice_layers.tracks.resample import measure_track
 from fulgurite.datamodules.ice_layers.tracks.travel_time import remove_crossed
 from fulgurite.domains.ice_layers.codes import METRES
+from fulgurite.domains.ice_layers.details import LayerLabels
 from fulgurite.domains.ice_layers.npz import ARRAYS, LISTS, NAMES, read_npz_arrays, read_texts
 from fulgurite.domains.ice_layers.spans import Spans
 from fulgurite.errors import DataError
@@ -56,6 +57,16 @@ def _refuse_misspelt(path: Path, content: Mapping[str, Any]) -> None:
                 f"The stack {path} has an array {name!r}, which is not read.",
                 f"Did you mean {nearest[0]!r}? Else call it otherwise.",
             )
+
+
+def _read_labels(content: dict[str, Any], layers: int) -> LayerLabels:
+    """Names and ages of the layers of a file, where it has them for each layer."""
+    names, age = read_texts(content, "layer_names"), content.get("layer_age")
+    return LayerLabels(
+        names if len(names) == layers else (),
+        age if age is not None and len(age) == layers else None,
+        _read_text(content, "age_source", ""),
+    )
 
 
 def _read_text(content: dict[str, Any], name: str, default: str) -> str:
@@ -227,6 +238,7 @@ class NpzStacks(StackSource):
                 content.get("truth"),
                 unit=_read_text(content, "unit", METRES),
                 spans=Spans.of_depth(content["boundary"]) if "boundary" in content else None,
+                labels=_read_labels(content, thickness.shape[1]),
                 **self._extra(content),
             )
         except DataError as error:

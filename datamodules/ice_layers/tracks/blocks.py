@@ -238,6 +238,7 @@ def assemble(
                 block.truth,
                 record=record,
                 spans=spans,
+                labels=block.track.labels,
             )
         )
     if nearest:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fulgurite.domains.ice_layers.codes import METRES, UNITS, Provenance
-from fulgurite.domains.ice_layers.details import FlightDetails
+from fulgurite.domains.ice_layers.details import FlightDetails, LayerLabels
 from fulgurite.domains.ice_layers.npz import (
     ARRAYS,
     COMPLETED_ARRAYS,
@@ -209,6 +209,7 @@ def completed_stacks(
     *,
     trained_segments: Sequence[str],
     details: Callable[[int, NDArray[np.float64]], FlightDetails] | None = None,
+    labels: Callable[[int], LayerLabels] | None = None,
     origin: Origin | None = None,
 ) -> list[CompletedStack]:
     """Take the stacks of a predicted batch apart.
@@ -220,6 +221,8 @@ def completed_stacks(
         metadata: What the data say of their stacks.
         trained_segments: Names of the segments that the model was trained on.
         details: Gives what is known of a stack's traces from its number and completed thickness.
+        labels: Gives the names and ages of a stack's layers from its number, where these are not
+            those of all.
         origin: What made the stacks.
     """
     arrays = {name: _to_numpy(filled[name]) for name in ("thickness", "provenance", "std")}
@@ -227,6 +230,8 @@ def completed_stacks(
     arrays = {name: value.astype(ARRAYS[name].kind) for name, value in arrays.items()}
     bounds = _to_numpy(batch.ptr).tolist()
     which = zip(_to_numpy(batch.segment).tolist(), _to_numpy(batch.stack).tolist(), strict=True)
+    common = LayerLabels(tuple(metadata.layer_names), np.asarray(metadata.layer_age, np.float64))
+    labels, origin = labels or (lambda _: common), origin or Origin()
     return [
         CompletedStack(
             **{name: value[start:stop] for name, value in arrays.items()},
@@ -234,15 +239,16 @@ def completed_stacks(
             stack=metadata.stacks[stack],
             trained_segments=tuple(trained_segments),
             physics_names=tuple(metadata.physics_names),
-            layer_names=tuple(metadata.layer_names),
-            layer_age=np.asarray(metadata.layer_age, np.float64),
+            layer_names=its.names,
+            layer_age=np.zeros(0) if its.age is None else np.asarray(its.age, np.float64),
             unit=metadata.unit,
             details=FlightDetails()
             if details is None
             else details(stack, arrays["thickness"][start:stop]),
-            origin=origin or Origin(),
+            origin=replace(origin, age_source=its.age_source or origin.age_source),
         )
         for start, stop, (segment, stack) in zip(bounds, bounds[1:], which, strict=False)
+        for its in [labels(stack)]
     ]
 
 

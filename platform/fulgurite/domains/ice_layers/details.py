@@ -13,9 +13,25 @@ from numpy.typing import NDArray
 
 from fulgurite.errors import DataError
 
-__all__ = ["FlightDetails"]
+__all__ = ["FlightDetails", "LayerLabels"]
 
 _Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerLabels:
+    """Names and ages of the layers of one flight segment.
+
+    Attributes:
+        names: Names of the L layers; empty where nothing says them.
+        age: Age of each layer's lower boundary at the flight [years], None where nothing says
+            them. Shape: (L,), float64.
+        age_source: Where the ages come from; empty if nothing is known.
+    """
+
+    names: tuple[str, ...] = ()
+    age: _Array | None = None
+    age_source: str = ""
 
 
 @dataclass(frozen=True, eq=False)
