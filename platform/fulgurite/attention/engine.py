@@ -23,6 +23,7 @@ from fulgurite.attention.kernels import accumulator_dtype
 from fulgurite.attention.machine_costs import usual_costs
 from fulgurite.attention.masks import Masking, is_causal_bias
 from fulgurite.attention.planning import make_plan
+from fulgurite.attention.ranks import refuse_different_inputs
 from fulgurite.attention.request import Placement, PlanRequest
 from fulgurite.attention.spec import AttentionSpec
 from fulgurite.attention.stream import StreamCall, StreamedAttention, refuse_transforms
@@ -116,6 +117,8 @@ def _attend_checked(call: AttentionCall, options: StreamOptions) -> tuple[Tensor
     kernel_for(device, query.dtype, prefer=options.kernel)
     tensors = query, key, value, call.bias, sinks
     has_gradient = any(x is not None and x.requires_grad for x in tensors)
+    if ranks_share(options.distributed)[1] > 1 and not call.is_abstract:
+        _compare_ranks(call, options)
     plan = plan_call(call, options, backward=torch.is_grad_enabled() and has_gradient)
     if options.on_plan:
         options.on_plan(plan)
@@ -125,6 +128,21 @@ def _attend_checked(call: AttentionCall, options: StreamOptions) -> tuple[Tensor
     stream_call = StreamCall(plan, call.biases, device)
     out, lse = StreamedAttention.apply(stream_call, *tensors)  # type: ignore[no-untyped-call]
     return out, lse
+
+
+def _compare_ranks(call: AttentionCall, options: StreamOptions) -> None:
+    """Refuse ranks that give other inputs; on a GPU, which would wait, once for inputs of a size.
+
+    Raises:
+        DataError: They do.
+    """
+    device = options.device_for(call.query)
+    sizes = ("compared", *(tuple(x.shape) for x in call[:3]))
+    if device.type != "cpu" and options.decided is not None:
+        if sizes in options.decided:
+            return
+        options.decided[sizes] = None
+    refuse_different_inputs(device, query=call.query, key=call.key, value=call.value)
 
 
 def _cast_as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

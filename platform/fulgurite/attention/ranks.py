@@ -16,8 +16,50 @@ from fulgurite.attention.execution_plan import ExecutionPlan
 from fulgurite.attention.schedules import chunk_ranges
 from fulgurite.attention.steps import Slices
 from fulgurite.attention.units import Unit, clear_, commit_
+from fulgurite.errors import DataError
 
-__all__ = ["broadcast_columns_", "broadcast_rows_", "merge_shards_", "sum_shards_"]
+__all__ = [
+    "broadcast_columns_", "broadcast_rows_", "merge_shards_", "refuse_different_inputs",
+    "sum_shards_",
+]  # fmt: skip
+
+# Share of its norm by which a sum may differ between ranks: by rounding, not by other data
+_TOLERANCE = 0.01
+
+
+def refuse_different_inputs(device: torch.device, **tensors: Tensor) -> None:
+    """Refuse inputs that ranks give differently: what they merge would be attention of nothing.
+
+    Compared are sizes and, of the sum over tokens, one projection: rounding passes, as it may
+    differ between machines, and so does other data that is as near.
+
+    Args:
+        device: Where ranks exchange tensors.
+        tensors: Inputs by name. Shape of each: (B, H, N, D).
+
+    Raises:
+        DataError: An input of two ranks is not the same.
+    """
+    signs = torch.Generator().manual_seed(0)
+    rows = []
+    for tensor in tensors.values():
+        total = tensor.detach().sum(2, dtype=torch.float64).flatten()
+        sign = torch.randint(2, total.shape, generator=signs).to(total) * 2 - 1
+        rows.append([*map(total.new_tensor, tensor.shape), total @ sign, total.norm()])
+    mine = torch.stack([torch.stack(row) for row in rows]).to(device)
+    every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, mine)
+    for rank, other in enumerate(every):
+        sizes_differ = other[:, :-2] != every[0][:, :-2]
+        bound = _TOLERANCE * torch.maximum(other[:, -1], every[0][:, -1])
+        differs = sizes_differ.any(1) | ((other[:, -2] - every[0][:, -2]).abs() > bound)
+        if bool(differs.any()):
+            name = [*tensors][int(differs.nonzero()[0])]
+            raise DataError(
+                f"Ranks 0 and {rank} give attention another {name}, and are to share its tasks.",
+                "Give all ranks the same batches: no data by rank, and no random numbers that "
+                "differ between ranks, such as those of workers of a loader.",
+            )
 
 
 def broadcast_rows_(plan: ExecutionPlan, *tensors: Tensor) -> None:

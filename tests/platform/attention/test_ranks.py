@@ -15,7 +15,7 @@ from fulgurite.attention import (
     stream_attention,
 )
 from fulgurite.attention.machine_costs import MachineCosts
-from fulgurite.errors import ConfigError
+from fulgurite.errors import ConfigError, DataError
 from fulgurite.testing.survival import start_call
 
 
@@ -96,6 +96,24 @@ def test_ranks_plan_by_the_costs_of_the_first(tmp_path):
     run_forked(2, plan_alike, 2, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first == second
+
+
+def give_other_keys(rank, world, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world
+    )
+    query, key, value = (x.detach() for x in example()[0])
+    rounded = key * (1 + rank * 1e-9)
+    stream_attention(query, rounded, value, enable_gqa=True, distributed=True)
+    for other in (key + rank * torch.rand_like(key), key.roll(rank, 3)):
+        with pytest.raises(DataError, match=r"Ranks 0 and 1 give attention another key"):
+            stream_attention(query, other, value, enable_gqa=True, distributed=True)
+    dist.destroy_process_group()
+
+
+def test_ranks_that_give_other_inputs_are_refused(tmp_path):
+    run_forked(2, give_other_keys, 2, str(tmp_path))
 
 
 def work_in_files(rank, world, folder):
