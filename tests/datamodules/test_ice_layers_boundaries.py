@@ -186,6 +186,14 @@ def test_exchanged_positions_are_refused(tmp_path):
     assert median_thickness(load(tmp_path)) == THICKNESS.tolist()
 
 
+def test_a_boundary_that_crosses_others_nearly_everywhere_is_named(tmp_path):
+    folder = write_picks(tmp_path, make_track())
+    order = np.array([1.0, 2, np.nan, 3, 4])  # the unknown one is last, as in MATLAB
+    write_organizer(folder, ["surface", "a", "b", "c", "d"], lyr_order=order)
+    report = load(tmp_path).report()
+    assert "most picks of d, b cross those of others, as if lyr_order" in report
+
+
 @pytest.mark.parametrize("absent", [0, 1, 2, 3])
 def test_a_boundary_of_the_companion_that_no_file_has_is_missing(tmp_path, absent):
     time, pos, picks = make_track()

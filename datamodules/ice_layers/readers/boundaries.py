@@ -114,12 +114,14 @@ class JoinedTrack(NamedTuple):
         crossed: Number of crossed pairs of picks.
         lost: Traces without position or time, and traces that come twice. Shape: (2,).
         contradicting: Picks of a trace that is in two files, and has another pick in the second.
+        misplaced: Names of boundaries of which most picks are crossed.
     """
 
     track: FlightTrack
     crossed: int
     lost: NDArray[np.int64]
     contradicting: int
+    misplaced: tuple[str, ...]
 
 
 def find_boundaries(
@@ -249,7 +251,10 @@ def join_frames(
         segment, time[traces], pos, picks, age, record=record,
         age_source=boundaries.describe_ages(count, ages),
     )  # fmt: skip
-    return JoinedTrack(track, crossed, lost, contradicting)
+    counts = [np.isfinite(p).sum(0) for p in (twtt[traces], picks)]
+    misplaced = [boundaries.ids[k] for k in np.flatnonzero(2 * counts[1] < counts[0])]
+    names = tuple(boundaries.names.get(k) or str(k) for k in misplaced)
+    return JoinedTrack(track, crossed, lost, contradicting, names)
 
 
 def _describe_traces(

@@ -257,7 +257,7 @@ class LayerFiles(StackSource):
             description = f"segments with another number of layers ({name_some(dropped)})"
             excluded.append(Exclusion("layer_count", description, len(dropped)))
         used_segments = {name: files for name, files in read.items() if name not in dropped}
-        tracks = []
+        tracks, notes = [], []
         crossed = contradicting = 0
         lost = np.zeros(2, np.int64)
         for segment, (frames, boundaries) in used_segments.items():
@@ -265,6 +265,9 @@ class LayerFiles(StackSource):
             tracks.append(joined.track)
             crossed, lost = crossed + joined.crossed, lost + joined.lost
             contradicting += joined.contradicting
+            if joined.misplaced:
+                crossing = f"most picks of {name_some(joined.misplaced)} cross those of others"
+                notes.append(f"{segment}: {crossing}, as if lyr_order were not that of depth")
             self._segments[segment] = SegmentFiles(
                 used[segment], boundaries, count, self.picks.quality
             )
@@ -276,7 +279,7 @@ class LayerFiles(StackSource):
         for track, (_, boundaries) in zip(tracks, used_segments.values(), strict=True):
             own = boundaries.layer_names(count)[: boundaries.layers]
             track.names = (*own, *self._names[len(own) :])
-        return tracks, self._names, excluded, _notes(used_segments, tracks, count)
+        return tracks, self._names, excluded, [*notes, *_notes(used_segments, tracks, count)]
 
     def check_write_back(
         self, folder: Path, records: Mapping[str, Sequence[FlightDetails]]
