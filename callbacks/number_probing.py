@@ -5,7 +5,8 @@ Axes: N numbers, D embedding width, T period.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,19 @@ class EmbeddingRows:
             )
 
 
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Set all parts of a module to evaluation, and each back to what it was."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        for part, _ in modes:
+            part.training = False  # not eval(), which a module may have made its own
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
 class ModularProbe(Callback):
     """Probes the number embeddings of any model while it is trained.
 
@@ -87,8 +101,9 @@ class ModularProbe(Callback):
     normalised magnitudes of all frequencies as ``spectrum.csv``, and the figures ``spectrum``,
     ``spectrogram`` and ``kappa``; W&B a table, TensorBoard a text.
 
-    Training is bit for bit the same with and without it. Only rank 0 probes; the embedding must
-    be whole there.
+    Training is bit for bit the same with and without it: the model is probed in evaluation mode.
+    Only rank 0 probes; the embedding must be whole there. Where a callback averages weights, those
+    are probed that are trained.
 
     Args:
         numbers: Numbers to probe, such as ``0:1000``; by default those of the DataModule's
@@ -208,8 +223,10 @@ class ModularProbe(Callback):
                 write_text(folder / name, to_csv(rows))
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> Report:
-        # the model's own method may draw random numbers; training must not see that it did
-        with isolate_rng(include_cuda=pl_module.device.type == "cuda"), torch.no_grad():
+        # the model's own method may draw random numbers, and parts of it may count what they see
+        # (spectral norm counts each look at a weight); training must not see that it did
+        random_numbers = isolate_rng(include_cuda=pl_module.device.type == "cuda")
+        with random_numbers, torch.no_grad(), _evaluating(pl_module):
             numbers, embeddings = self._embeddings(trainer, pl_module)
             report = measure(embeddings, numbers, self.settings)
         for sentence in report.notes:

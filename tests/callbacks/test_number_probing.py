@@ -100,6 +100,16 @@ def test_training_is_bit_for_bit_the_same(tmp_path):
     assert torch.equal(states[0][1], states[1][1])
 
 
+def test_a_weight_that_counts_its_looks_is_not_changed(tmp_path):
+    states = []
+    for name, callbacks in (("without", []), ("with", [make_probe(every_n_steps=1)])):
+        model = Asked()
+        nn.utils.parametrizations.spectral_norm(model.embed)
+        fit(tmp_path / name, *callbacks, model=model)
+        states.append(model.state_dict())
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
 def test_what_is_logged(tmp_path):
     probe = make_probe(every_n_steps=5)
     trainer, _ = fit(tmp_path, probe, epochs=4)

@@ -415,6 +415,8 @@ def test_bad_options_are_one_line(tmp_path, monkeypatch):
         (["a.npy", "--periods", "2,x"], "--periods 2,x is no list"),
         (["a.npy", "--periods", "11"], r"periods=\[11\] cannot be probed"),
         (["a.npy", "--numbers", "5"], r"spectrum of 1 numbers"),
+        (["a.npy", "--numbers", ""], r"--numbers is empty"),
+        (["a.npy", "--permuted", "-1"], r"permuted=-1 is negative"),
     ):
         with pytest.raises((ConfigError, DataError), match=message):
             main(options)

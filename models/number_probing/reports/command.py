@@ -14,7 +14,11 @@ from fulgurite.errors import ConfigError
 from fulgurite.io import write_text
 from fulgurite.models.number_probing.probes.controls import gaussian, row_shuffled
 from fulgurite.models.number_probing.probes.probing import ClassifierOptions, probe
-from fulgurite.models.number_probing.reports.options import OneLineParser, parse_integers
+from fulgurite.models.number_probing.reports.options import (
+    OneLineParser,
+    parse_integers,
+    refuse_empty,
+)
 from fulgurite.models.number_probing.reports.report import (
     ProbeSettings,
     kappa_figure,
@@ -100,6 +104,7 @@ def main(argv: list[str]) -> int:
         FulguriteError: The table or an option is invalid.
     """
     args = _make_parser().parse_args(argv)
+    refuse_empty(args)
     settings = ProbeSettings(
         tuple(parse_integers(args.periods, "--periods")), args.method, args.folds, args.seeds,
         permuted=args.permuted, pca=args.pca, ridge=args.ridge,

@@ -17,7 +17,11 @@ from fulgurite import plotting
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.foreign import read_json, reading
 from fulgurite.io import write_text
-from fulgurite.models.number_probing.reports.options import OneLineParser, parse_integers
+from fulgurite.models.number_probing.reports.options import (
+    OneLineParser,
+    parse_integers,
+    refuse_empty,
+)
 from fulgurite.models.number_probing.reports.report import to_csv, to_markdown
 from fulgurite.plotting import COLORS, new_figure
 
@@ -178,6 +182,7 @@ def main(argv: list[str]) -> int:
         FulguriteError: There is no run, or an option is invalid.
     """
     args = _make_parser().parse_args(argv)
+    refuse_empty(args)
     folder = Path(args.folder)
     periods = parse_integers(args.periods, "--periods")
     runs = find_runs(folder)

@@ -73,7 +73,8 @@ class ProbeSettings:
         ridge: Added to S_W, in units of its mean eigenvalue.
 
     Raises:
-        ConfigError: A kind of folds in ``blocked`` is unknown, or periods are no whole numbers.
+        ConfigError: A kind of folds in ``blocked`` is unknown, periods are no whole numbers, or
+            ``permuted`` is negative.
     """
 
     periods: Sequence[int] = PERIODS
@@ -93,6 +94,9 @@ class ProbeSettings:
             raise ConfigError(
                 f"blocked={unknown[0]!r} are no folds.", "Use decade, contiguous or both."
             )
+
+        if self.permuted < 0:
+            raise ConfigError(f"permuted={self.permuted} is negative.", "Give 0 or more.")
 
     def fold_options(self, kind: FoldKind = "shuffled") -> FoldOptions:
         """The folds of a kind."""
