@@ -43,7 +43,7 @@ class ImageFolder(EncodedImages):
 
     Splits are ``train`` and ``test``. ``val`` is the test split if there is no ``test``, and is
     left out with a warning otherwise. Without either, a part of the images becomes the test split.
-    Links are followed. Images are
+    Links are followed; a folder without images is no class, and a warning names it. Images are
     decoded once, in parallel, into the cache (``FULGURITE_CACHE``). Its key is the content of a
     zip, and the names, sizes and times of the files of a folder.
 
@@ -167,6 +167,12 @@ class _SplitFiles:
                 f"{name_some(others, 3)}.",
                 stacklevel=2,
             )
+        if empty := self._find_empty_folders():
+            warnings.warn(
+                f"{len(empty)} folders of {root} hold no .jpg, .jpeg or .png file, and are no "
+                f"classes: {name_some(empty, 3)}.",
+                stacklevel=2,
+            )
         for name in held_out[1:]:
             warnings.warn(
                 f"The {len(splits[name])} images in {name}/ of {root} are left out: "
@@ -210,6 +216,21 @@ class _SplitFiles:
         if len(folders) > 1:
             self._refuse(f"train and test are in {len(folders)} folders", folders)
         return splits
+
+    def _find_empty_folders(self) -> list[str]:
+        """Return the folders beside those of classes that hold no image; of zips, none."""
+        if not self.root.is_dir():
+            return []
+        used = {name.rsplit("/", 1)[0] for name in self.names}
+        parents = {"/".join(folder.split("/")[:-1]) for folder in used}
+        return sorted(
+            folder
+            for parent in parents
+            for path in (self.root / parent).iterdir()
+            if path.is_dir() and not path.name.startswith(".")
+            for folder in (f"{parent}/{path.name}".lstrip("/"),)
+            if not any(name == folder or name.startswith(f"{folder}/") for name in used)
+        )
 
     def _refuse(self, reason: str, names: Sequence[str]) -> NoReturn:
         slashes = " (they have backslashes: pack the zip again)" if "\\" in "".join(names) else ""

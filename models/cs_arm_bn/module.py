@@ -122,7 +122,9 @@ class PlateClassifier(SystemModule):
             load_network(self.network, weights)
         self.method.build(self.network, in_channels, num_classes)
         if self.method.frozen:
-            self.network.requires_grad_(False).eval()
+            for parameter in self.network.parameters():
+                parameter.requires_grad = False  # requires_grad_ refuses those of lazy layers
+            self.network.eval()
         self.optimizer, self.scheduler = optimizer, scheduler
         self.adaptation = make_options(AdaptationOptions, adaptation)
         self.context: Context | None = None

@@ -532,6 +532,9 @@ def test_linked_classes_and_splits_are_read(tmp_path):
     assert second.class_names == first.class_names
     for name in ("train_images", "train_labels", "test_images", "test_labels"):
         assert getattr(first, name).equal(getattr(second, name))
+    (linked / "train" / "class_3" / "deep").mkdir(parents=True)
+    with pytest.warns(UserWarning, match=r"1 folders of .* hold no .*no classes: train/class_3\."):
+        assert ImageFolder(str(linked)).num_classes == 3
     (linked / "train" / "class_0" / "lost.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(DataError, match=r"lost\.png leads nowhere"):
         ImageFolder(str(linked)).load()

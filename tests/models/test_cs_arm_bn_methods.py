@@ -320,6 +320,20 @@ def test_embeddings_of_a_transformer_are_frozen_and_without_dropout(kind):
     assert torch.equal(module.network.classifier(features), module.network(batch.query))
 
 
+class LazyNetwork(nn.Sequential):
+    def __init__(self, channels, classes):
+        super().__init__(nn.Flatten(), nn.LazyLinear(8), nn.LayerNorm(8), nn.Linear(8, classes))
+
+
+@pytest.mark.parametrize("kind", [TVN, LinearProbe])
+def test_layers_that_take_their_size_from_the_first_batch_are_frozen_too(kind):
+    module = PlateClassifier(LazyNetwork, kind(), num_classes=K, in_channels=3)
+    plates = [make_batch(i, i) for i in range(3)]
+    module.method.begin(module.network, plates, training=True)
+    assert logits(module, plates[0]).shape == (L, K)
+    assert not any(parameter.requires_grad for parameter in module.network.parameters())
+
+
 def test_a_linear_probe_is_a_linear_layer_on_standardised_embeddings():
     module = make_transformer(LinearProbe())
     plates = [make_batch(i, i) for i in range(3)]
