@@ -154,6 +154,39 @@ def test_antarctica_is_in_its_own_projection(tmp_path, native):
     assert sample(tmp_path, np.array([[-70.5, 140.0], [-75.0, 0.0]])).away[0] > 1e6
 
 
+def name_projection(folder, attributes):
+    """Give files a grid mapping."""
+    for path in folder.glob("*.nc"):
+        with netCDF4.Dataset(path, "r+") as data:
+            data.createVariable("crs", "i4", ()).setncatts(attributes)
+
+
+def test_a_grid_mapping_says_where_the_grid_is(tmp_path):
+    write(tmp_path, (2011, 2012), name="epsg3031")
+    north, edges = np.array([[71.0, -40.0]]), EDGES[:2]
+    name_projection(tmp_path, CRS.from_epsg(3031).to_cf())
+    south = sample(tmp_path, np.array([[-75.0, 0.05]]), edges)
+    x, y = project(np.array([[-75.0, 0.05]]), "epsg3031").T
+    np.testing.assert_allclose(south.physics[:, 0, 0], plane(x, y), rtol=3e-3)
+    assert sample(tmp_path, north, edges).away[0] > 1e7
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"grid_mapping_name": "polar"}, "cannot be understood"),
+        ({"grid_mapping_name": "latitude_longitude"}, "no projection in metres"),
+    ],
+)
+def test_grid_mappings_that_say_no_projection_are_refused(tmp_path, attributes, message):
+    write(tmp_path, (2011, 2012), name="epsg3413")
+    name_projection(tmp_path, attributes)
+    with pytest.raises(DataError, match=message) as error:
+        sample(tmp_path, edges=EDGES[:2])
+    assert "climate.init_args.projection" in error.value.hint
+    assert not sample(tmp_path, edges=EDGES[:2], projection="epsg3413").flag.any()
+
+
 def test_points_that_do_not_project_are_named(tmp_path):
     write(tmp_path)
     pos = np.array([[71.0, -40.0], [-70.5, 140.0]])  # the antipode of the projection's centre

@@ -236,6 +236,13 @@ class ClimateFile:
                 raise ValueError(f"its bounds {name} are of other times than its values")
         return stamps, edges
 
+    @property
+    def grid_mapping(self) -> Mapping[str, Any] | None:
+        """Attributes by which CF says what projection ``x`` and ``y`` are of; None without any."""
+        names = {"grid_mapping_name", "crs_wkt", "spatial_ref"}
+        every = (variable.attributes for variable in self.dataset.variables.values())
+        return next((attributes for attributes in every if names & set(attributes)), None)
+
     @cached_property
     def _axes(self) -> Mapping[str, NetcdfVariable]:
         """Variables that say where cells are: 2-D latitude and longitude, else ``x`` and ``y``."""

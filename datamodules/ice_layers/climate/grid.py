@@ -5,15 +5,26 @@ Shapes: M points, L layers (newest first), T time steps, C grid cells, H W rows 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fulgurite.datamodules.ice_layers.stack import Array
 from fulgurite.errors import DataError
+from fulgurite.extras import optional_import
 
-__all__ = ["PROJECTIONS", "Grid", "Weights", "interval_weights", "step_edges"]
+__all__ = [
+    "PROJECTIONS",
+    "Grid",
+    "Weights",
+    "decode_projection",
+    "interval_weights",
+    "step_edges",
+]
 
 #: Projections, with coordinates in metres: MAR's own over Greenland, and the polar stereographic
 #: ones of the north and the south. Source: docs/papers/ice_layers.md section 3.3; the south is
@@ -37,6 +48,36 @@ _AROUND = sorted(
 )
 
 _OPTION = "--data.init_args.source.init_args.climate.init_args"
+
+
+def decode_projection(attributes: Mapping[str, Any], path: Path) -> Any:
+    """Return the projection that a grid mapping says, as pyproj's CRS.
+
+    Args:
+        attributes: Attributes of the grid mapping, by CF.
+        path: The climate file.
+
+    Raises:
+        DataError: It cannot be understood, or is of no projection.
+        MissingExtraError: pyproj is not installed.
+    """
+    pyproj = optional_import("pyproj", "ice", "Projecting climate grids")
+    plain = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in attributes.items()}
+    hint = f"Correct it, or set `{_OPTION}.projection` to one of {', '.join(PROJECTIONS)}."
+    try:
+        projection = pyproj.CRS.from_cf(plain)
+    except (pyproj.exceptions.CRSError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise DataError(
+            f"The grid mapping of the climate file {path} cannot be understood ({reason}).", hint
+        ) from error
+    if not projection.is_projected:
+        raise DataError(
+            f"The grid mapping of the climate file {path} is {projection.name}, which is no "
+            "projection in metres.",
+            hint,
+        )
+    return projection
 
 
 def step_edges(times: Array) -> Array:

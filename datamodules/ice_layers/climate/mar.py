@@ -37,6 +37,7 @@ from fulgurite.datamodules.ice_layers.climate.grid import (
     PROJECTIONS,
     Grid,
     Weights,
+    decode_projection,
     interval_weights,
 )
 from fulgurite.datamodules.ice_layers.stack import Array
@@ -95,8 +96,9 @@ class MarClimate:
     Args:
         files: NetCDF files, folders or glob patterns, absolute or relative to ``FULGURITE_DATA``.
         projection: Projection in which the grid is triangulated; ``auto`` takes EPSG:3031 for
-            grids in the south, else MAR's own; where the file has no 2-D ``LAT`` and ``LON``,
-            EPSG:3031 for flights in the south, else EPSG:3413.
+            grids in the south, else MAR's own; where the file has no 2-D ``LAT`` and ``LON``, what
+            its grid mapping says, or without any EPSG:3031 for flights in the south, else
+            EPSG:3413.
         variables: Physical fields to use, in this order.
         scale: MAR variable -> factor that brings the value of a step to mm w.e. (``ZN6`` m, ``ST``
             degC or K), where a file's unit is wrong, missing or unknown. By default the unit says
@@ -233,16 +235,22 @@ class MarClimate:
         lat, lon = file.find(("LAT", "latitude")), file.find(("LON", "longitude"))
         axes = (lat, lon) if lat is not None and lon is not None else None
         two_d = axes is not None and axes[0].shape == axes[1].shape and axes[0].ndim == 2
-        name = self.projection
+        name, mapping = self.projection, None
         if name == "auto":
             # by the grid, as far as it says where it is: other flights do not count
-            if axes is not None and two_d:
+            if not two_d and (mapping := file.grid_mapping) is not None:
+                is_south = False  # the file says more
+            elif axes is not None and two_d:
                 rows = file.read(axes[0])
                 is_south = bool(2 * (rows < 0).sum() > np.isfinite(rows).sum())
             else:
                 is_south = self._in_south(latitudes, file)
             name = "epsg3031" if is_south else "mar" if two_d else "epsg3413"
-        projection = pyproj.CRS.from_user_input(PROJECTIONS[name])
+        projection = (
+            pyproj.CRS.from_user_input(PROJECTIONS[name])
+            if mapping is None
+            else decode_projection(mapping, file.path)
+        )
         to_grid = pyproj.Transformer.from_crs(projection.geodetic_crs, projection, always_xy=True)
 
         def project(pos: Array) -> Array:
