@@ -34,6 +34,7 @@ from fulgurite.models.ice_layers.baselines.interpolation import (
 from fulgurite.models.ice_layers.baselines.kriging import Kriging
 from fulgurite.models.ice_layers.baselines.kriging_fit import DRIFTS, choose_drift, fit_kriging
 from fulgurite.models.ice_layers.baselines.options import KrigingFitOptions
+from fulgurite.models.ice_layers.training import baseline_module
 from fulgurite.models.ice_layers.training.baseline_module import BaselineCompletion
 from fulgurite.models.ice_layers.training.options import BaselinePrediction
 
@@ -461,11 +462,10 @@ def test_kriging_goes_through_a_checkpoint():
 # --- the LightningModule --------------------------------------------------------------------------
 
 
-def make_trainer(folder):
+def make_trainer(folder, **options):
     # clipping as networks need it must not disturb
-    return quiet_trainer(
-        max_epochs=1, gradient_clip_val=1.0, default_root_dir=folder, num_sanity_val_steps=2
-    )
+    options = {"num_sanity_val_steps": 2, **options}
+    return quiet_trainer(max_epochs=1, gradient_clip_val=1.0, default_root_dir=folder, **options)
 
 
 @pytest.fixture(scope="module")
@@ -490,6 +490,27 @@ def fitted(flights, tmp_path_factory):
         (tested,) = trainer.test(module, flights, verbose=False)
         found[method] = (module, held | tested, folder / "last.ckpt")
     return found
+
+
+@pytest.mark.parametrize("limit", [1.0, 0])
+def test_validation_flights_choose_though_no_epoch_is_validated(
+    flights, fitted, tmp_path, monkeypatch, limit
+):
+    options = {"num_sanity_val_steps": 0, "check_val_every_n_epoch": 10}
+    trainer = make_trainer(tmp_path, limit_val_batches=limit, **options)
+    module, messages = baseline("kriging", **QUICK), []
+    monkeypatch.setattr(baseline_module, "rank_zero_info", messages.append)
+    trainer.fit(module, flights)
+    (message,) = messages
+    counts = {part: len(flights.stacks_of(part)) for part in ("train", "val")}
+    if limit:
+        assert module.trained_segments == fitted["kriging"][0].trained_segments
+        expected, state = fitted["kriging"][0].kriging.state(), module.kriging.state()
+        assert all(torch.equal(state[name], value) for name, value in expected.items())
+        assert f"chosen on {counts['val']} validation stacks" in message
+    else:
+        assert set(module.trained_segments) == {s.segment for s in flights.stacks_of("train")}
+        assert f"chosen on {counts['train']} training stacks" in message
 
 
 def test_the_order_of_the_methods_is_that_of_the_card(fitted):

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from fulgurite.base import SystemModule, save_options
@@ -132,12 +133,16 @@ class BaselineCompletion(SystemModule):
         if self.means is not None:  # a run that goes on
             return
         rows = self._gather(self.trainer.train_dataloader)
-        chosen_on = self._gather(self.trainer.val_dataloaders) if self._chooses else []
+        chosen_on = self._gather(self._set_up_validation()) if self._chooses else []
         self.fit(
             [row.stack for row in rows],
             [row.segment for row in rows],
             [row.stack for row in chosen_on],
         )
+        if self._chooses and self.kriging is not None:
+            drift = "logarithms of thickness" if self.kriging.drift.log else "thickness itself"
+            judges = f"{len(chosen_on)} validation" if chosen_on else f"{len(rows)} training"
+            rank_zero_info(f"Kriging takes a drift of {drift}, chosen on {judges} stacks.")
         if names := getattr(getattr(self.trainer, "datamodule", None), "segments", ()):
             segments = {names[row.segment] for row in [*rows, *chosen_on]}
             self.trained_segments = tuple(sorted(segments))
@@ -146,6 +151,15 @@ class BaselineCompletion(SystemModule):
     def _chooses(self) -> bool:
         """Whether validation flights decide something."""
         return self.method == "kriging" and self.regression.kind == "auto"
+
+    def _set_up_validation(self) -> Any:
+        """The loaders of validation, also where no epoch of this fit is validated."""
+        trainer = self.trainer
+        if trainer.val_dataloaders is None and trainer.enable_validation:
+            trainer.validating = True  # as Lightning does before an epoch that is validated
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+            trainer.training = True
+        return trainer.val_dataloaders
 
     def _gather(self, loaders: Any) -> list[_Row]:
         """The stacks of loaders on all ranks, in the order of their numbers, each once."""
