@@ -310,7 +310,8 @@ class Backbone(nn.Module):
                 f"Let it make them for the {self.num_classes} classes itself, by its own argument "
                 "in model.init_args.network.init_args.arguments: num_labels of transformers, "
                 "num_classes of timm and torchvision (whose auxiliary heads are left out by "
-                "aux_logits: false).",
+                "aux_logits: false). If it makes no head, as transformers.AutoModel, name a "
+                "classifier, such as transformers.AutoModelForImageClassification.from_pretrained.",
             )
         return last
 

@@ -124,7 +124,7 @@ def encrypt(path):
         ("odd method", "compressed by method 12"),
         ("npy", "not a zip file"),
         ("long", "out of proportion"),
-        ("objects", "neither numbers nor text"),
+        ("objects", "neither numbers nor text: write text as `np.array(names"),
         ("empty text", "neither numbers nor text"),
         ("empty axis", "out of proportion"),
         ("negative", "its shape is"),

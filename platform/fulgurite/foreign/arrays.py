@@ -28,7 +28,8 @@ def _array_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[An
         raise ValueError(f"version {version} of the format is not read")
     shape, fortran, kind = _HEADERS[version](stream)
     if kind.kind not in "biufcSU" or not kind.itemsize or kind.itemsize > _CHUNK:
-        raise ValueError(f"it holds {kind}, neither numbers nor text")
+        way = ": write text as `np.array(names, dtype='U')`" if kind.kind == "O" else ""
+        raise ValueError(f"it holds {kind}, neither numbers nor text{way}")
     if any(length < 0 for length in shape) or len(shape) > 32:
         raise ValueError(f"its shape is {shape}")
     return shape, fortran, kind
