@@ -1,6 +1,6 @@
 """What a plate classifier refuses of trainers and batches.
 
-Axes: L queries.
+Axes: L queries, K classes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.models.cs_arm_bn.methods.base import Method
 
-__all__ = ["check_labels", "check_trainer"]
+__all__ = ["check_labels", "check_logits", "check_trainer"]
 
 
 def check_trainer(trainer: Trainer, module: nn.Module, method: Method) -> None:
@@ -57,3 +57,26 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
             f"A training batch has labels from {int(labels.min())} to {int(labels.max())}.",
             f"Give labels from 0 to {num_classes - 1}.",
         )
+
+
+def check_logits(logits: object, network: nn.Module, n_query: int, num_classes: int) -> None:
+    """Refuse what is no row of logits for each query.
+
+    Args:
+        logits: What a method gives. Shape: (L, K).
+        network: The network, for the error.
+        n_query: L.
+        num_classes: K.
+
+    Raises:
+        ConfigError: It is no tensor, or has another shape.
+    """
+    if isinstance(logits, Tensor) and logits.shape == (n_query, num_classes):
+        return
+    kind = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+    raise ConfigError(
+        f"The network {type(network).__name__} gives no logits of {n_query} images and "
+        f"{num_classes} classes ({kind}).",
+        "Let its `forward` return the logits alone, made for the classes of the data; Backbone "
+        "takes them from networks of other libraries.",
+    )

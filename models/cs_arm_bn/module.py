@@ -25,7 +25,7 @@ from fulgurite.models.cs_arm_bn.adaptation import (
     missing_controls_error,
 )
 from fulgurite.models.cs_arm_bn.batchnorm import Context, use_context
-from fulgurite.models.cs_arm_bn.checks import check_labels, check_trainer
+from fulgurite.models.cs_arm_bn.checks import check_labels, check_logits, check_trainer
 from fulgurite.models.cs_arm_bn.conversion import convert_batchnorm, has_batchnorm
 from fulgurite.models.cs_arm_bn.exporting import EXPORT_OPTIONS, export_classifier
 from fulgurite.models.cs_arm_bn.methods.base import Method, query_loss
@@ -175,7 +175,9 @@ class PlateClassifier(SystemModule):
             training: Whether statistics come from the source of training, else of the test.
         """
         with self.plate_context(batch, training=training) as context:
-            return self.method.logits(self.network, batch, context)
+            logits = self.method.logits(self.network, batch, context)
+        check_logits(logits, self.network, batch.n_query, self.num_classes)
+        return logits
 
     def _check_controls(self, batch: PlateBatch, may_lack: bool = False) -> None:
         """Refuse controls of another plate, and a batch without controls where they are needed."""
@@ -253,6 +255,7 @@ class PlateClassifier(SystemModule):
             logits, penalty = self.method.training_outputs(
                 self.network, batch, context, self._progress()
             )
+        check_logits(logits, self.network, batch.n_query, self.num_classes)
         loss = query_loss(logits, labels)
         size = len(labels)
         if penalty is not None:

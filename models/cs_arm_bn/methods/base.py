@@ -66,7 +66,8 @@ class Method(nn.Module):
 
     def logits(self, network: nn.Module, batch: PlateBatch, context: Context) -> Tensor:
         """Logits of the queries. Shape: (L, K)."""
-        return network(self.images(batch, context))[: batch.n_query]  # type: ignore[no-any-return]
+        out = network(self.images(batch, context))
+        return out[: batch.n_query] if isinstance(out, Tensor) else out  # type: ignore[no-any-return]
 
     def training_outputs(
         self, network: nn.Module, batch: PlateBatch, context: Context, progress: float

@@ -51,8 +51,15 @@ class TENT(ERM):
                     p
                     for layer in context_layers(network).values()
                     for p in (layer.weight, layer.bias)
-                    if p is not None
+                    if p is not None and p.requires_grad
                 ]
+                if not affine:
+                    raise ConfigError(
+                        "TENT trains the weights of BatchNorm layers, and the network has none "
+                        "that can be trained.",
+                        "Give it affine BatchNorm layers that are not frozen, or another "
+                        "model.init_args.method, such as AdaBN.",
+                    )
                 self._trained = [(p, p.detach().clone()) for p in affine]
             self._domain = None
 
@@ -77,7 +84,9 @@ class TENT(ERM):
                 entropy = -(out.softmax(1) * out.log_softmax(1)).sum(1).mean()
                 parameters = [p for p, _ in self._trained]
                 before = [p.grad for p in parameters]
-                for p, g in zip(parameters, torch.autograd.grad(entropy, parameters), strict=True):
+                # a layer that the forward pass does not use stays as it is
+                gradients = torch.autograd.grad(entropy, parameters, materialize_grads=True)
+                for p, g in zip(parameters, gradients, strict=True):
                     p.grad = g
                 self._adam.step()
                 for p, old in zip(parameters, before, strict=True):
