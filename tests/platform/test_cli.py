@@ -531,6 +531,45 @@ class Model(LightningModule):
 """
 
 
+@pytest.mark.parametrize(
+    ("data", "option", "words"),
+    [
+        ("Data", "--model.num_classes=5", "--model.num_classes is 5, and that of Data is 3."),
+        ("LateData", "--model.width=4", "my_paper.Model needs num_classes, which LateData does"),
+        ("DeafData", "--model.width=4", "DeafData.num_classes cannot be read before setup"),
+    ],
+)
+def test_sizes_that_data_and_options_do_not_agree_on_are_named(
+    fulgurite, workdir, monkeypatch, data, option, words
+):
+    (workdir / "my_paper.py").write_text(f"""{OWN}
+
+class LateData(Data):
+    num_classes = None
+
+class DeafData(Data):
+    num_classes = property(lambda self: 1 / 0)
+""")
+    monkeypatch.syspath_prepend(str(workdir))
+    monkeypatch.delitem(sys.modules, "my_paper", raising=False)
+    status, _, error = fulgurite(
+        "fit", "--model=my_paper.Model", f"--data=my_paper.{data}", option, *QUIET
+    )
+    assert status == 2
+    assert words in error
+
+
+def test_a_size_that_only_the_user_says_is_recorded(fulgurite, workdir, monkeypatch):
+    (workdir / "my_paper.py").write_text(OWN.replace("num_classes = 3", ""))
+    monkeypatch.syspath_prepend(str(workdir))
+    monkeypatch.delitem(sys.modules, "my_paper", raising=False)
+    options = ["--model=my_paper.Model", "--data=my_paper.Data", "--model.num_classes=3"]
+    status, _, error = fulgurite("fit", *options, "--trainer.max_steps=1", "--run.dir=a", *QUIET)
+    assert status == 0, error
+    record = yaml.safe_load((workdir / "a/config.yaml").read_text())
+    assert record["model"]["init_args"] == {"width": 4, "num_classes": 3}
+
+
 def test_a_users_own_module_and_data_plug_in_by_class_path(fulgurite, workdir, monkeypatch):
     (workdir / "my_paper.py").write_text(OWN)
     monkeypatch.syspath_prepend(str(workdir))

@@ -22,6 +22,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 import fulgurite.strategies
 from fulgurite.base import check_callbacks
 from fulgurite.checkpoints import CheckpointFiles, RunCheckpoint, check_file_names
+from fulgurite.cli.links import choose_size, given_sizes
 from fulgurite.cli.metrics import metrics_table, select_telling_metrics, sort_metrics
 from fulgurite.cli.saving import SaveRun
 from fulgurite.cli.starting_point import StartFinder, StartingPoint
@@ -146,16 +147,15 @@ class FulguriteCLI(LightningCLI):
         what the checkpoint says.
 
         Raises:
+            ConfigError: Data and options contradict each other, or neither says it.
             DataError: The data are not there, and nothing else says it.
         """
         try:
-            if hasattr(data, name):
-                return getattr(data, name)
+            return choose_size(self.section, data, name)
         except DataError:
             if not self.section.get("input") or name not in self.start.sizes:
                 raise
             return self.start.sizes[name]
-        return self.section.get(f"model.init_args.{name}")
 
     @property
     def section(self) -> Namespace:
@@ -197,6 +197,8 @@ class FulguriteCLI(LightningCLI):
         # it was validated when it was parsed, and takes a sixth of a short run to validate again
         recorded = self.parser.dump(self.config, skip_unset=False, skip_validation=True)
         content: dict[str, Any] = remove_objects(yaml.safe_load(recorded)[self.config.subcommand])
+        if sizes := given_sizes(self.section):  # the dump leaves out what may be from the data
+            content["model"].setdefault("init_args", {}).update(sizes)
         for name in ("dir", "new"):
             content.get("run", {}).pop(name, None)
         for name in ("ckpt_path", "input"):
