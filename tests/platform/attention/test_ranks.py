@@ -109,11 +109,13 @@ def give_other_keys(rank, world, folder):
     for other in (key + rank * torch.rand_like(key), key.roll(rank, 3)):
         with pytest.raises(DataError, match=r"Ranks 0 and 1 give attention another key"):
             stream_attention(query, other, value, enable_gqa=True, distributed=True)
+    Path(folder, f"refused.{rank}").touch()
     dist.destroy_process_group()
 
 
 def test_ranks_that_give_other_inputs_are_refused(tmp_path):
     run_forked(2, give_other_keys, 2, str(tmp_path))
+    assert len([*tmp_path.glob("refused.*")]) == 2
 
 
 def work_in_files(rank, world, folder):
