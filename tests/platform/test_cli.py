@@ -104,6 +104,12 @@ def test_an_error_is_one_line_that_names_the_mend(fulgurite, options, parts):
     check_refused(fulgurite, [*SMOKE, *options], parts)
 
 
+def test_text_that_yaml_reads_as_a_number_asks_for_quotes(fulgurite):
+    segments = "--data.init_args.source.init_args.selection.segments=[20120330_01]"
+    options = ["--config", "ice_layers/own.yaml", segments]
+    check_refused(fulgurite, options, ["selection.segments", "2012033001", "in quotes"])
+
+
 def test_a_folder_that_is_no_package_is_named(fulgurite):
     Path("outer_folder").mkdir()
     parts = ["'outer_folder' is the folder", "/outer_folder, which holds no package of that name"]

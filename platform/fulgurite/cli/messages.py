@@ -147,6 +147,8 @@ _NOISE = re.compile(
 )
 _ALTERNATIVES = ("Expected a <class 'collections.abc.Iterable'>", "Expected a <class 'bool'>")
 _LAZY = re.compile(r"No ([\w.]+) attribute (\w+)")  # lazy_loader's words of an absent name
+# such as 20120330_01, in which YAML leaves the underscore out
+_READ_AS_NUMBER = re.compile(r"Expected a <class 'str'>\. Got value: (-?[\d.]+(?:e[+-]?\d+)?)$")
 _UNION = "Does not validate against any of the Union subtypes"
 
 
@@ -217,7 +219,10 @@ def _one_line(message: str) -> str:
     if not refused and (plain := re.findall(r"Given value: (\S+)$", message, re.MULTILINE)):
         value = f" (given: {plain[-1]})"
     inside = f"{owner}: " if owner else ""
-    return f"{prefix}{inside}{'; '.join(reasons) or message}{value}"
+    quotes = ""
+    if number := _READ_AS_NUMBER.search("; ".join(reasons)):
+        quotes = f". YAML reads a number, {number[1]}; put the text in quotes, such as \"['001']\""
+    return f"{prefix}{inside}{'; '.join(reasons) or message}{value}{quotes}"
 
 
 def _no_such_option(name: str, options: Sequence[str]) -> str:

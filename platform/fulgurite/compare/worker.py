@@ -76,7 +76,8 @@ def execute_job(job: Job, runner: str) -> TrialResult:
         runner: ``module:function`` that takes a command line and returns an exit code.
     """
     start = time.monotonic()
-    error, metrics = "", {}
+    error = ""
+    metrics: dict[str, float] = {}
     try:
         with _output_in(job.log):
             error, metrics = _run_commands(job, runner)
