@@ -31,7 +31,8 @@ def check_layers(network: nn.Module) -> None:
             "Give it both, so that forward(x) == head(features(x)).",
         )
     for name, layer in network.named_modules():
-        if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
+        tensors = (*layer.parameters(recurse=False), *layer.buffers(recurse=False))
+        if any(isinstance(tensor, nn.parameter.UninitializedTensorMixin) for tensor in tensors):
             raise ConfigError(
                 f"{title} has a {type(layer).__name__} ({name}), which does not know its sizes "
                 "yet.",

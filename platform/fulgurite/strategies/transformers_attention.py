@@ -85,8 +85,9 @@ class TransformersAttention:
                 suggest_extra("transformers"),
             )
         configs = _configs_of(owners)
+        functions = AttentionInterface()  # type: ignore[no-untyped-call]
         for config in configs:
-            _check_implementation(config, AttentionInterface().get(config._attn_implementation))
+            _check_implementation(config, functions.get(config._attn_implementation))
         AttentionInterface.register(self.name, self.attend)
         AttentionMaskInterface.register(self.name, self.mask)
         before = [(config, config._attn_implementation_internal) for config in configs]
