@@ -32,7 +32,7 @@ def check_layers(network: nn.Module) -> None:
         )
     for name, layer in network.named_modules():
         tensors = (*layer.parameters(recurse=False), *layer.buffers(recurse=False))
-        if any(isinstance(tensor, nn.parameter.UninitializedTensorMixin) for tensor in tensors):
+        if any(map(nn.parameter.is_lazy, tensors)):
             raise ConfigError(
                 f"{title} has a {type(layer).__name__} ({name}), which does not know its sizes "
                 "yet.",

@@ -174,3 +174,22 @@ def test_an_attention_of_the_user_is_refused_by_name():
     with pytest.raises(ConfigError, match="LlamaConfig asks for the attention 'relu_of_a_test'"):
         TransformersAttention(Streamed(), "test").install(LlamaModel(config))
     assert config._attn_implementation == "relu_of_a_test"
+
+
+def test_a_causal_mask_of_a_module_that_is_not_causal_is_refused():
+    attention, module = TransformersAttention(Streamed(), "streamed"), nn.Module()
+    module.is_causal = False
+    query = torch.randn(1, 1, 6, 8)
+    options = {"batch_size": 1, "q_length": 6, "kv_length": 6}
+    with pytest.raises(ConfigError, match=r"is_causal=False, and its model asks for a causal mask"):
+        attention.attend(module, query, query, query, make_mask(MaskRequest(**options)))
+    # eager attention always follows the mask, and a bidirectional one says the same as the module
+    eager = make_mask(MaskRequest(**options, dtype=torch.float32, is_additive=True))
+    out, _ = attention.attend(module, query, query, query, eager)
+    expected = F.scaled_dot_product_attention(query, query, query, is_causal=True)
+    torch.testing.assert_close(out.transpose(1, 2), expected)
+    function = masking.bidirectional_mask_function
+    both = make_mask(MaskRequest(**options, mask_function=function))
+    out, _ = attention.attend(module, query, query, query, both)
+    expected = F.scaled_dot_product_attention(query, query, query)
+    torch.testing.assert_close(out.transpose(1, 2), expected)

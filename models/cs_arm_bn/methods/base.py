@@ -67,7 +67,7 @@ class Method(nn.Module):
     def logits(self, network: nn.Module, batch: PlateBatch, context: Context) -> Tensor:
         """Logits of the queries. Shape: (L, K)."""
         out = network(self.images(batch, context))
-        return out[: batch.n_query] if isinstance(out, Tensor) else out  # type: ignore[no-any-return]
+        return out[: batch.n_query] if isinstance(out, Tensor) else out
 
     def training_outputs(
         self, network: nn.Module, batch: PlateBatch, context: Context, progress: float

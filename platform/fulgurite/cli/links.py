@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from jsonargparse import Namespace, _typehints
+from jsonargparse import Namespace, _util
 from lightning.pytorch import LightningDataModule
 
 from fulgurite.errors import ConfigError, DataError
@@ -14,7 +14,7 @@ from fulgurite.run_folders import LINKS
 __all__ = ["choose_size", "given_sizes"]
 
 _UNKNOWN = object()
-_import_object: Any = _typehints.import_object  # private: as the parser reads class paths
+_import_object: Any = _util.import_object  # private: as the parser reads class paths
 
 
 def _default_of(path: str, name: str) -> Any:

@@ -139,6 +139,7 @@ class TransformersAttention:
         """
         model_options = ModelOptions.of(module, options)
         if isinstance(attention_mask, StreamMask):
+            _check_direction(module, attention_mask)
             call = _masked_call((query, key, value), attention_mask, module, model_options)
             out = self.backend.attend(call)
         else:
@@ -371,6 +372,29 @@ def _refuse(module: nn.Module, others: dict[str, Any]) -> None:
             f"{who} gives its attention {', '.join(sorted(unknown))}, which streamed attention "
             "does not know.",
             "Use --trainer.strategy=auto.",
+        )
+
+
+def _check_direction(module: nn.Module, mask: StreamMask) -> None:
+    """Refuse a causal mask of a module that says that it is not causal.
+
+    transformers leaves a causal mask out where there is no padding, and such a module then sees
+    all keys; where there is padding, it gets the mask. With eager attention the mask always counts.
+
+    Raises:
+        ConfigError: The module is not causal, and its mask is.
+    """
+    if mask.dtype != torch.bool or getattr(module, "is_causal", True):
+        return
+    visible, *others = mask.source.visible
+    is_square = visible.queries == visible.keys > 1
+    sees_itself_alone = all(part.end(0) <= 1 for part in (visible, *others))  # the first query
+    if mask.source.is_interval and is_square and sees_itself_alone:
+        raise ConfigError(
+            f"{type(module).__name__} has is_causal=False, and its model asks for a causal mask: "
+            "whether queries see later keys depends on padding then.",
+            "Load the model with attn_implementation='eager', where the mask counts, or let the "
+            "model make a bidirectional mask.",
         )
 
 
