@@ -21,6 +21,44 @@ from fulgurite.errors import ConfigError
 pytest.importorskip("torch_geometric")
 
 
+def test_uncertainty_is_shared_as_errors_that_cancel():
+    """Spans of two, three and one layers, an observed one, and one of which nothing is known."""
+    path = torch.tensor([[5.0, 5.0, 9.0, 9.0, 9.0, 2.0, torch.nan]])
+    index = torch.tensor([[1.0, 2.0, 1.0, 1.5, 1.0, 1.0, 1.0]])
+    spans = Spans(torch.tensor([[0, 0, 2, 2, 2, 5, 6]]), path.double(), index.double())
+    std = torch.tensor([[0.1, 0.3, 0.2, 0.1, 0.4, 0.5, 0.6]], dtype=torch.float64)
+    (shared,) = spans.project_std(std)
+    assert shared[0] == pytest.approx(2 * float(shared[1]))  # equal optical lengths
+    assert torch.equal(shared[5:], std[0, 5:])
+    for part in (slice(0, 2), slice(2, 5)):
+        weights = index[0, part].double()
+        covariance = torch.diag(std[0, part] ** 2)
+        gain = covariance @ weights / (weights @ covariance @ weights)
+        left = (covariance - torch.outer(gain, covariance @ weights)).diagonal() * weights**2
+        optical = (weights * shared[part]) ** 2
+        total = ((weights * std[0, part]) ** 2).sum()
+        torch.testing.assert_close(optical, left / left.sum() * total)
+    assert spans.project_std(torch.full_like(std, torch.nan)).isnan().all()
+
+
+@pytest.mark.parametrize("kept", ["all", "trusted", "none"])
+def test_intervals_follow_the_sums_that_are_kept(flights, kept):
+    model, _ = fit(flights, steps=2, keep_boundaries=kept, outlier=2.0)
+    model.calibration.weight.copy_(torch.tensor([-5.0, 1.0, 0.5, 0.3, 0.0, 0.2]))
+    model.calibration.fitted.fill_(True)
+    batch = first_test_batch(flights)
+    spans = Spans.of_batch(batch)
+    with torch.no_grad():
+        std = model.fill(batch)["std"]
+    pairs = spans.between & (spans._sum(torch.ones_like(std)) == 2)
+    upper = pairs & (spans.start == torch.arange(std.shape[1]))
+    rows, columns = upper.nonzero().T
+    ratio = (spans.index * std)[rows, columns] / (spans.index * std)[rows, columns + 1]
+    assert len(ratio) > 20
+    equal = (ratio - 1).abs() < 1e-9
+    assert {"all": bool(equal.all()), "none": not equal.any(), "trusted": bool(equal.any())}[kept]
+
+
 @pytest.fixture(scope="module")
 def flights(filled_cache):
     return open_flights(SyntheticFlights(World(stacks=40, traces=24, layers=8, segments=10)))

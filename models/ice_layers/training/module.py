@@ -211,6 +211,10 @@ class IceCompletion(IceModule):
         predicted, ensemble_std = self.predict(x, x.spans)
         gaps = measure_gaps(x.observed, x.distance, x.track)
         std = self.calibration(self._features(gaps, ensemble_std, x.spans))
+        keeps_all = self.prediction.keep_boundaries == "all"
+        constraints = x.spans if keeps_all else self.find_consistent_spans(x, x.spans)[0]
+        if constraints is not None:
+            std = constraints.project_std(std)
         return fill(
             batch.thickness, x.observed, gaps, predicted, std=std, max_gap=self.prediction.max_gap
         )

@@ -211,6 +211,31 @@ class Spans(Generic[_Array]):
         constrained: _Array = library.where(self.between, thickness * factor, thickness)
         return constrained
 
+    def project_std(self, std: _Array) -> _Array:
+        """Share the uncertainty of layers between two picks, whose errors add up to nothing.
+
+        Independent errors of these sizes are projected on a sum of 0: of variances v of optical
+        lengths with the sum V, v (1 - v / V) is left. They are scaled so that the sum of each span
+        stays, since ``std`` is of errors under the constraint. So two layers that share a length
+        have errors of one size.
+
+        Args:
+            std: Standard deviation of each layer's error [m]. Shape: (N, L).
+
+        Returns:
+            [m]; as it was elsewhere. Shape: (N, L), float64.
+
+        Source: inferred; conditioning of normal errors on their sum.
+        """
+        library = self._library
+        std = _to_double(std)
+        variance = library.where(self.between, (self.index * std) ** 2, 1.0)
+        projected = variance * (1 - variance / self._sum(variance))
+        divisor = library.where(self.between, self._sum(projected), 1.0)
+        scaled = projected * self._sum(variance) / divisor
+        shared: _Array = library.where(self.between, scaled**0.5 / self.index, std)
+        return shared
+
     def misfit(self, thickness: _Array) -> _Array:
         """How far the lower boundary of each layer's span is from where it was picked.
 
