@@ -189,15 +189,6 @@ class JumpPlates(PlateSource):
             )
         return plates
 
-    def _describe_unused_words(self) -> list[str]:
-        """Return notes about chosen plate types and skipped batches that the tables lack."""
-        table, notes = self.metadata.read_plates(), []
-        for option, column in (("skip_batches", "Batch"), ("plate_types", "PlateType")):
-            names = set(getattr(self.selection, option)) - set(table[f"Metadata_{column}"])
-            if names:
-                notes.append(f"{option} that no plate has: {name_some(sorted(names))}")
-        return notes
-
     def load(self) -> PlateTable:
         """Return the table of sites.
 
@@ -209,7 +200,7 @@ class JumpPlates(PlateSource):
         root = data_path(self.root)
         frame = self._read_plates(root, excluded)
         frame, notes = self._add_roles(frame, excluded)
-        notes += self._describe_unused_words()
+        notes += self.selection.describe_unused_words(self.metadata.read_plates())
         frame = self._select_complete_sites(frame, excluded)
         frame = self._select_distinct_channels(frame, excluded)
         if self.selection.stray_rows is not None:

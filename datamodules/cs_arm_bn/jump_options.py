@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from fulgurite.data.exclusions import name_some
 from fulgurite.options import NonNegativeInt, check_options
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["JumpFiles", "Perturbations", "PlateSelection"]
 
@@ -55,6 +59,19 @@ class PlateSelection:
 
     def __post_init__(self) -> None:
         check_options(self, "data.init_args.source.init_args.selection")
+
+    def describe_unused_words(self, plates: pd.DataFrame) -> list[str]:
+        """Describe chosen plate types and skipped batches that no plate has.
+
+        Args:
+            plates: The plate table.
+        """
+        notes = []
+        for option, column in (("skip_batches", "Batch"), ("plate_types", "PlateType")):
+            names = set(getattr(self, option)) - set(plates[f"Metadata_{column}"])
+            if names:
+                notes.append(f"{option} that no plate has: {name_some(sorted(names))}")
+        return notes
 
 
 @dataclass(frozen=True)

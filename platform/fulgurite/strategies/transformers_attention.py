@@ -22,25 +22,14 @@ from fulgurite.attention.keywords import make_record
 from fulgurite.errors import ConfigError, MissingExtraError
 from fulgurite.extras import suggest_extra
 from fulgurite.strategies.stream_mask import StreamMask
+from fulgurite.strategies.transformers_checks import (
+    check_direction,
+    check_implementation,
+    refuse_options,
+)
 from fulgurite.strategies.transformers_masks import MaskRequest, make_mask
 
 __all__ = ["ModelOptions", "TransformersAttention", "attention_owners", "unreachable_models"]
-
-# What models hand on to every attention implementation and what PyTorch's leaves aside with
-# reason: facts of the call that are in the mask, in query and key, or in the model's output.
-_HARMLESS = frozenset({
-    "cache_position", "config", "cu_seqlens", "deterministic", "hidden_states", "logits_to_keep",
-    "max_length_k", "max_length_q", "num_items_in_batch", "output_hidden_states",
-    "past_key_value", "past_key_values", "position_embeddings", "position_ids", "return_dict",
-    "token_type_ids", "use_cache",
-})  # fmt: skip
-
-
-# Modules of transformers.integrations whose functions compute attention as streamed attention does
-_EXACT = frozenset({
-    "eager_paged", "flash_attention", "flash_paged", "flex_attention", "sdpa_attention",
-    "sdpa_paged",
-})  # fmt: skip
 
 _NUMBERS = itertools.count(1)
 
@@ -87,7 +76,9 @@ class TransformersAttention:
         configs = _configs_of(owners)
         functions = AttentionInterface()  # type: ignore[no-untyped-call]
         for config in configs:
-            _check_implementation(config, functions.get(config._attn_implementation))
+            function = functions.get(config._attn_implementation)
+            if not isinstance(getattr(function, "__self__", None), TransformersAttention):
+                check_implementation(config, function)
         AttentionInterface.register(self.name, self.attend)
         AttentionMaskInterface.register(self.name, self.mask)
         before = [(config, config._attn_implementation_internal) for config in configs]
@@ -139,7 +130,7 @@ class TransformersAttention:
         """
         model_options = ModelOptions.of(module, options)
         if isinstance(attention_mask, StreamMask):
-            _check_direction(module, attention_mask)
+            check_direction(module, attention_mask)
             call = _masked_call((query, key, value), attention_mask, module, model_options)
             out = self.backend.attend(call)
         else:
@@ -199,7 +190,7 @@ class ModelOptions:
             ConfigError: The model uses a feature that streamed attention does not support.
         """
         names = {field.name for field in fields(cls)}
-        _refuse(module, {name: x for name, x in options.items() if name not in names})
+        refuse_options(module, {name: x for name, x in options.items() if name not in names})
         record = make_record(cls, options)
         if record.s_aux is not None and record.sinks is not None:
             raise ConfigError(
@@ -336,88 +327,6 @@ def _starts(
             "Give position_ids alone, or use --trainer.strategy=auto.",
         )
     return sorted(set(bounds[:-1]))
-
-
-def _refuse(module: nn.Module, others: dict[str, Any]) -> None:
-    """Name what streamed attention cannot do.
-
-    Args:
-        module: Whose attention it is.
-        others: Options that it has no field for.
-
-    Raises:
-        ConfigError: The model uses a feature that streamed attention does not support.
-    """
-    who = type(module).__name__
-    dropout = others.pop("dropout", 0.0)
-    if dropout:
-        raise ConfigError(
-            f"{who} drops attention weights (p = {dropout}); streamed attention does not.",
-            "Set the attention dropout of the model to 0.",
-        )
-    config = getattr(module, "config", None)
-    if others.pop("output_attentions", None) or getattr(config, "output_attentions", False):
-        raise ConfigError(
-            f"{who} is to return attention weights (output_attentions), which streamed attention "
-            "never has.",
-            "Leave out output_attentions, or use --trainer.strategy=auto.",
-        )
-    unknown = [
-        name
-        for name, value in others.items()
-        if value is not None and value is not False and name not in _HARMLESS
-    ]
-    if unknown:
-        raise ConfigError(
-            f"{who} gives its attention {', '.join(sorted(unknown))}, which streamed attention "
-            "does not know.",
-            "Use --trainer.strategy=auto.",
-        )
-
-
-def _check_direction(module: nn.Module, mask: StreamMask) -> None:
-    """Refuse a causal mask of a module that says that it is not causal.
-
-    transformers leaves a causal mask out where there is no padding, and such a module then sees
-    all keys; where there is padding, it gets the mask. With eager attention the mask always counts.
-
-    Raises:
-        ConfigError: The module is not causal, and its mask is.
-    """
-    if mask.dtype != torch.bool or getattr(module, "is_causal", True):
-        return
-    visible, *others = mask.source.visible
-    is_square = visible.queries == visible.keys > 1
-    sees_itself_alone = all(part.end(0) <= 1 for part in (visible, *others))  # the first query
-    if mask.source.is_interval and is_square and sees_itself_alone:
-        raise ConfigError(
-            f"{type(module).__name__} has is_causal=False, and its model asks for a causal mask: "
-            "whether queries see later keys depends on padding then.",
-            "Load the model with attn_implementation='eager', where the mask counts, or let the "
-            "model make a bidirectional mask.",
-        )
-
-
-def _check_implementation(config: Any, function: Any) -> None:
-    """Refuse to replace an implementation that may compute something else.
-
-    Args:
-        config: Configuration of a model.
-        function: What is registered as its implementation; None where the model's own code is.
-
-    Raises:
-        ConfigError: The implementation is not one of transformers.
-    """
-    if function is None or isinstance(getattr(function, "__self__", None), TransformersAttention):
-        return
-    package, _, module = getattr(function, "__module__", "").rpartition(".")
-    if package == "transformers.integrations" and module in _EXACT:
-        return
-    raise ConfigError(
-        f"{type(config).__name__} asks for the attention {config._attn_implementation!r}, which is "
-        "not of transformers and may compute something else than streamed attention does.",
-        "Use --trainer.strategy=auto, or attn_implementation='sdpa' in the model.",
-    )
 
 
 def attention_owners(model: nn.Module) -> Iterator[Any]:
