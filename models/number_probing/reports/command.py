@@ -10,15 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from fulgurite import plotting
+from fulgurite.commands import check_filled
 from fulgurite.errors import ConfigError
 from fulgurite.io import write_text
 from fulgurite.models.number_probing.probes.controls import gaussian, row_shuffled
 from fulgurite.models.number_probing.probes.probing import ClassifierOptions, probe
-from fulgurite.models.number_probing.reports.options import (
-    OneLineParser,
-    parse_integers,
-    refuse_empty,
-)
+from fulgurite.models.number_probing.reports.options import OneLineParser, parse_integers
 from fulgurite.models.number_probing.reports.report import (
     ProbeSettings,
     kappa_figure,
@@ -103,8 +100,8 @@ def main(argv: list[str]) -> int:
     Raises:
         FulguriteError: The table or an option is invalid.
     """
+    check_filled(argv)
     args = _make_parser().parse_args(argv)
-    refuse_empty(args)
     settings = ProbeSettings(
         tuple(parse_integers(args.periods, "--periods")), args.method, args.folds, args.seeds,
         permuted=args.permuted, pca=args.pca, ridge=args.ridge,

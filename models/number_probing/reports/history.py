@@ -14,14 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fulgurite import plotting
+from fulgurite.commands import check_filled
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.foreign import read_json, reading
 from fulgurite.io import write_text
-from fulgurite.models.number_probing.reports.options import (
-    OneLineParser,
-    parse_integers,
-    refuse_empty,
-)
+from fulgurite.models.number_probing.reports.options import OneLineParser, parse_integers
 from fulgurite.models.number_probing.reports.report import to_csv, to_markdown
 from fulgurite.plotting import COLORS, new_figure
 
@@ -181,8 +178,8 @@ def main(argv: list[str]) -> int:
     Raises:
         FulguriteError: There is no run, or an option is invalid.
     """
+    check_filled(argv)
     args = _make_parser().parse_args(argv)
-    refuse_empty(args)
     folder = Path(args.folder)
     periods = parse_integers(args.periods, "--periods")
     runs = find_runs(folder)

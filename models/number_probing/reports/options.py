@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from fulgurite.errors import ConfigError
 
-__all__ = ["OneLineParser", "parse_integers", "refuse_empty"]
+__all__ = ["OneLineParser", "parse_integers"]
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -34,15 +34,3 @@ def parse_integers(text: str, option: str) -> list[int]:
         raise ConfigError(
             f"{option} {text} is no list of whole numbers.", f"Write e.g. {option} 2,5,10."
         ) from None
-
-
-def refuse_empty(arguments: argparse.Namespace) -> None:
-    """Refuse options without a value, as of unset variables of the shell.
-
-    Raises:
-        ConfigError: An option is empty.
-    """
-    for name, value in vars(arguments).items():
-        if value == "":
-            option = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{option} is empty.", "Give it a value, or leave it out.")
