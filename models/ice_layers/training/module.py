@@ -180,6 +180,13 @@ class IceCompletion(IceModule):
 
         Shape: to (N, L) and (N, L), float64.
         """
+        mean, std, _ = self._predict_constrained(x, spans)
+        return mean, std
+
+    def _predict_constrained(
+        self, x: Normalised, spans: TensorSpans
+    ) -> tuple[Tensor, Tensor, TensorSpans | None]:
+        """As :meth:`predict`, and the spans whose sums were kept; None for none."""
         visible = self.visible(spans.observed)
         sums, shared = self.find_consistent_spans(x, spans)
         samples = self.prediction.mc_samples
@@ -189,10 +196,10 @@ class IceCompletion(IceModule):
                 for network in self.networks
                 for _ in range(max(1, samples))
             ]
-        if sums is not None:
-            constraints = spans if self.prediction.keep_boundaries == "all" else sums
+        constraints = spans if self.prediction.keep_boundaries == "all" else sums
+        if constraints is not None:
             outs = [constraints.constrain(out) for out in outs]
-        return mean_and_std(torch.stack(outs))
+        return *mean_and_std(torch.stack(outs)), constraints
 
     def forward(self, batch: Any) -> Tensor:
         """Predicted thickness of all entries [m], observed ones too. Shape: to (N, L), float64."""
@@ -208,11 +215,9 @@ class IceCompletion(IceModule):
             (N, L).
         """
         x = self.normalise(batch)
-        predicted, ensemble_std = self.predict(x, x.spans)
+        predicted, ensemble_std, constraints = self._predict_constrained(x, x.spans)
         gaps = measure_gaps(x.observed, x.distance, x.track)
         std = self.calibration(self._features(gaps, ensemble_std, x.spans))
-        keeps_all = self.prediction.keep_boundaries == "all"
-        constraints = x.spans if keeps_all else self.find_consistent_spans(x, x.spans)[0]
         if constraints is not None:
             std = constraints.project_std(std)
         return fill(
