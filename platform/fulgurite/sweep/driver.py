@@ -49,7 +49,6 @@ from fulgurite.sweep.study import (
     next_point,
     open_study,
     retry_failed_trials,
-    select_counted,
     tell,
 )
 from fulgurite.sweep.sweep_file import MOST_POINTS, read_sweep
@@ -186,7 +185,7 @@ class _Driver:
         """The next point, or None where the sweep is over."""
         if reached_target(self.study, self.sweep):
             return None
-        while counted_trials(self.study) < self.limit:
+        while len(counted_trials(self.study)) < self.limit:
             if self.sweep.method == "grid" and not has_queue(self.study):
                 return None
             point = next_point(self.study, self.sweep, self.limit)
@@ -347,8 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _print_commands(read_sweep(options["file"]), options["seed"], options["runner"])
     study = run(options.pop("file"), **options)
     url = options["storage"]
-    counted = select_counted(study.get_trials(deepcopy=False))
-    failed = [trial for trial in counted if trial.user_attrs.get(ERROR)]
+    failed = [trial for trial in counted_trials(study) if trial.user_attrs.get(ERROR)]
     for trial in failed[:10]:
         print(f"trial {trial.number} failed: {trial.user_attrs[ERROR]}")
     if failed:

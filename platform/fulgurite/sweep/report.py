@@ -24,8 +24,8 @@ from fulgurite.sweep.study import (
     SECONDS,
     VALUES,
     as_choice,
+    counted_trials,
     distribution_of_values,
-    select_counted,
 )
 
 __all__ = ["render", "write_best"]
@@ -39,7 +39,7 @@ _FIGURES = {
 
 def render(study: optuna.Study, sweep: Sweep, folder: Path) -> None:
     """Write ``trials.csv``, ``trials.md`` and the figures from what the study holds."""
-    trials = select_counted(study.get_trials(deepcopy=False))
+    trials = counted_trials(study)
     if not trials:
         return
     write_text(folder / "trials.csv", _csv(trials, sweep))

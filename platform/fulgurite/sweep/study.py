@@ -45,7 +45,6 @@ __all__ = [
     "next_point",
     "open_study",
     "retry_failed_trials",
-    "select_counted",
     "tell",
 ]
 
@@ -226,7 +225,7 @@ def next_point(study: optuna.Study, sweep: Sweep, limit: int) -> Point | None:
     trial = study.ask()
     trial.set_user_attr(_OWNER, _owner())
     trials = study.get_trials(deepcopy=False)  # by number
-    earlier = [t for t in select_counted(trials) if t.number < trial.number]
+    earlier = [t for t in _select_counted(trials) if t.number < trial.number]
     queued = trials[trial.number].system_attrs.get("fixed_params")
     superfluous = len(earlier) >= limit
     if sweep.method == "grid":
@@ -272,7 +271,7 @@ def tell(
         raise
 
 
-def select_counted(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+def _select_counted(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """The trials that count: they run, or came to a result or to an error of their own.
 
     Those that do not wait, were cut short and are repeated by another, or failed and are retried.
@@ -290,9 +289,9 @@ def select_counted(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     ]
 
 
-def counted_trials(study: optuna.Study) -> int:
-    """How many trials count."""
-    return len(select_counted(study.get_trials(deepcopy=False)))
+def counted_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials of a study that run, or came to a result or to an error of their own."""
+    return _select_counted(study.get_trials(deepcopy=False))
 
 
 def retry_failed_trials(study: optuna.Study) -> list[int]:
@@ -304,8 +303,7 @@ def retry_failed_trials(study: optuna.Study) -> list[int]:
     Returns:
         Numbers of the trials.
     """
-    counted = select_counted(study.get_trials(deepcopy=False))
-    failed = [trial for trial in counted if trial.state == TrialState.FAIL]
+    failed = [trial for trial in counted_trials(study) if trial.state == TrialState.FAIL]
     for trial in failed:
         study.enqueue_trial(_queued_params(trial), user_attrs={_RETRIES: trial.number})
     return [trial.number for trial in failed]
