@@ -8,11 +8,7 @@ from typing import TYPE_CHECKING
 from fulgurite.data.exclusions import Exclusion, check_exclude, exclude_hint, name_some
 from fulgurite.datamodules.cs_arm_bn.jump_metadata import JumpMetadata
 from fulgurite.datamodules.cs_arm_bn.jump_options import JumpFiles, Perturbations, PlateSelection
-from fulgurite.datamodules.cs_arm_bn.site_names import (
-    find_same_channel,
-    is_address,
-    name_wells,
-)
+from fulgurite.datamodules.cs_arm_bn.site_names import find_same_channel, is_address, name_wells
 from fulgurite.datamodules.cs_arm_bn.site_readers import FileReader, SiteReader
 from fulgurite.datamodules.cs_arm_bn.sources import PlateSource, check_channels, locate
 from fulgurite.datamodules.cs_arm_bn.table import PlateTable

@@ -51,9 +51,9 @@ def predict(module):
 @pytest.mark.parametrize("method", [ARMLL, TENT, CSARMBN])
 def test_networks_with_shared_and_unused_layers_keep_their_parameters(method):
     module = PlateClassifier(Network, method=method(), num_classes=4, in_channels=3)
-    own = list(module.network.parameters())
+    parameters = list(module.network.parameters())
     assert predict(module).shape == (6, 4)
-    assert all(a is b for a, b in zip(own, module.network.parameters(), strict=True))
+    assert all(a is b for a, b in zip(parameters, module.network.parameters(), strict=True))
     torch.testing.assert_close(predict(module), predict(module), rtol=0, atol=0)
 
 

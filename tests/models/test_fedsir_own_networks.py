@@ -170,9 +170,9 @@ class Empty(nn.Module):
     ],
 )
 def test_networks_whose_models_cannot_be_averaged_are_refused(network, message):
-    made = network if network is not nn.Bilinear else (lambda *_: nn.Linear(1, 2))
+    make_network = network if network is not nn.Bilinear else (lambda *_: nn.Linear(1, 2))
     with pytest.raises(ConfigError, match=message):
-        FederatedClassifier(made, num_classes=2)
+        FederatedClassifier(make_network, num_classes=2)
 
 
 class TwoOutputs(Plain):
@@ -238,10 +238,10 @@ def test_participants_that_were_not_sampled_are_refused(participants, message):
 def test_a_module_under_two_names_keeps_its_tensors_when_called_with_others():
     layer = nn.Linear(1, 1, bias=False)
     network = nn.Sequential(layer, layer)
-    own = layer.weight
+    weight = layer.weight
     result, assigned = call_with_tensors(
         network, {"0.weight": torch.tensor([[3.0]])}, torch.ones(1)
     )
     assert result.tolist() == [9]
     assert not assigned
-    assert layer.weight is own
+    assert layer.weight is weight

@@ -277,8 +277,8 @@ class LayerFiles(StackSource):
             excluded.append(Exclusion("contradicting", description, contradicting))
         self._names = _longest_names(used_segments, count)
         for track, (_, boundaries) in zip(tracks, used_segments.values(), strict=True):
-            own = boundaries.layer_names(count)[: boundaries.layers]
-            track.names = (*own, *self._names[len(own) :])
+            names = boundaries.layer_names(count)[: boundaries.layers]
+            track.names = (*names, *self._names[len(names) :])
         return tracks, self._names, excluded, [*notes, *_notes(used_segments, tracks, count)]
 
     def check_write_back(

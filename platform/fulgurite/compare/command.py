@@ -141,8 +141,9 @@ def _print_commands(options: argparse.Namespace) -> None:
     for command in _commands(to_run, plan, folder):
         print("fulgurite", shlex.join(command))
     if len(to_run) < len(trials):
-        known = f"{len(trials) - len(to_run)} of {len(trials)} cells have a result"
-        print(f"note: {known}, failed, or equal another cell, and would not run.", file=sys.stderr)
+        skipped = f"{len(trials) - len(to_run)} of {len(trials)} cells"
+        note = f"note: {skipped} have a result, failed, or equal another cell, and would not run."
+        print(note, file=sys.stderr)
 
 
 def _commands(trials: Sequence[Trial], plan: ComparisonPlan, folder: Path) -> list[list[str]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from fulgurite.compare.plan import OPTION_KEYS, ComparisonMethod, ComparisonPlan
+from fulgurite.compare.plan import ComparisonMethod, ComparisonPlan
 from fulgurite.compare.plan_file import read_plan
 from fulgurite.compare.records import Record, read_record
 from fulgurite.compare.stats import (
@@ -103,8 +103,7 @@ class Comparison:
 
     def save_plan(self) -> None:
         """Write the plan without secrets, so that ``fulgurite report`` needs the folder alone."""
-        content = self.plan.to_dict()
-        content |= {key: masked(content[key]) for key in OPTION_KEYS}
+        content = self.plan.to_dict() | masked(self.plan.options_to_dict())
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         write_text(self.folder / PLAN_FILE, text)
 

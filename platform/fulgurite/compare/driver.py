@@ -15,7 +15,7 @@ from fulgurite.compare.devices import device_groups, visible_devices
 from fulgurite.compare.folder_lock import lock_briefly, lock_folder
 from fulgurite.compare.hashing import digest
 from fulgurite.compare.identity import RUNNER, Resolver
-from fulgurite.compare.plan import OPTION_KEYS, ComparisonPlan
+from fulgurite.compare.plan import ComparisonPlan
 from fulgurite.compare.plan_file import find_config, read_plan
 from fulgurite.compare.pool import WorkerPool, run_jobs
 from fulgurite.compare.progress import show_progress
@@ -227,8 +227,7 @@ def check_trials(plan: ComparisonPlan, runner: str) -> list[Trial]:
     """
     from rich.console import Console
 
-    content = plan.to_dict()
-    if hidden := masked_names({key: content[key] for key in OPTION_KEYS}):
+    if hidden := masked_names(plan.options_to_dict()):
         raise ConfigError(
             f"The value of {', '.join(hidden)} was masked when the comparison was recorded.",
             f"Run the file that it was recorded from: fulgurite compare {plan.source}",

@@ -24,7 +24,6 @@ from fulgurite.compare.trial import LAST_CHECKPOINT, Setting, Trial, setting_lab
 from fulgurite.errors import ConfigError
 
 __all__ = [
-    "OPTION_KEYS",
     "ComparisonMethod",
     "ComparisonPlan",
     "Tune",
@@ -324,9 +323,10 @@ class ComparisonPlan:
             "source": self.source,
         }
 
-
-OPTION_KEYS = ("methods", "settings", "args", "tests", "tune")
-"""Keys of the file under which options of commands stand."""
+    def options_to_dict(self) -> dict[str, Any]:
+        """The parts of :meth:`to_dict` in which options of commands stand."""
+        content = self.to_dict()
+        return {key: content[key] for key in ("methods", "settings", "args", "tests", "tune")}
 
 
 def settings_of(axes: Axes) -> list[Setting]:
