@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, NoReturn
 
 import numpy as np
@@ -221,16 +221,14 @@ class _SplitFiles:
         """Return the folders beside those of classes that hold no image; of zips, none."""
         if not self.root.is_dir():
             return []
-        used = {name.rsplit("/", 1)[0] for name in self.names}
-        parents = {"/".join(folder.split("/")[:-1]) for folder in used}
-        return sorted(
-            folder
-            for parent in parents
+        classes = {PurePosixPath(folder) for folder in {n.rsplit("/", 1)[0] for n in self.names}}
+        beside = {
+            parent / path.name
+            for parent in {folder.parent for folder in classes}
             for path in (self.root / parent).iterdir()
             if path.is_dir() and not path.name.startswith(".")
-            for folder in (f"{parent}/{path.name}".lstrip("/"),)
-            if not any(name == folder or name.startswith(f"{folder}/") for name in used)
-        )
+        }
+        return sorted(map(str, beside.difference(classes, *(folder.parents for folder in classes))))
 
     def _refuse(self, reason: str, names: Sequence[str]) -> NoReturn:
         slashes = " (they have backslashes: pack the zip again)" if "\\" in "".join(names) else ""
