@@ -5,8 +5,7 @@ Axes: N numbers, D embedding width, T period.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ from fulgurite.models.number_probing.tables import (
 )
 from fulgurite.models.number_probing.tables import vocabulary as read_vocabulary
 from fulgurite.models.number_probing.tables.checks import describe_numbers
+from fulgurite.modes import keep_modes
 from fulgurite.sharding import is_sharding
 
 __all__ = ["EmbeddingRows", "ModularProbe"]
@@ -75,19 +75,6 @@ class EmbeddingRows:
             raise ConfigError(
                 "ModularProbe was given both tokenizer and first_row.", "Leave one of them out."
             )
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Set all parts of a module to evaluation, and each back to what it was."""
-    modes = [(part, part.training) for part in module.modules()]
-    try:
-        for part, _ in modes:
-            part.training = False  # not eval(), which a module may have made its own
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 class ModularProbe(Callback):
@@ -226,7 +213,9 @@ class ModularProbe(Callback):
         # the model's own method may draw random numbers, and parts of it may count what they see
         # (spectral norm counts each look at a weight); training must not see that it did
         random_numbers = isolate_rng(include_cuda=pl_module.device.type == "cuda")
-        with random_numbers, torch.no_grad(), _evaluating(pl_module):
+        with random_numbers, torch.no_grad(), keep_modes(pl_module):
+            for part in pl_module.modules():
+                part.training = False  # not eval(), which a module may have made its own
             numbers, embeddings = self._embeddings(trainer, pl_module)
             report = measure(embeddings, numbers, self.settings)
         for sentence in report.notes:

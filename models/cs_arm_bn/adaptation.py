@@ -5,8 +5,7 @@ Axes: L queries, N controls, C channels, H W image.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -21,10 +20,10 @@ from fulgurite.models.cs_arm_bn.batchnorm import (
     context_layers,
     use_context,
 )
+from fulgurite.modes import keep_modes
 
 __all__ = [
     "adapt",
-    "keep_modes",
     "load_statistics",
     "missing_controls_error",
     "stored_statistics",
@@ -129,17 +128,6 @@ def _check_chunks(kind: str, chunks: Iterable[Tensor]) -> list[tuple[str, Tensor
                 "Give tensors of shape (N, C, H, W), or (N, C) for feature vectors.",
             )
     return [(kind, x) for x in chunks if len(x)]
-
-
-@contextmanager
-def keep_modes(model: nn.Module) -> Iterator[None]:
-    """Restore the training or evaluation mode of each module when the block ends."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _adapt_at_once(model: nn.Module, images: Tensor, setting: Context) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from fulgurite.domains.cs_arm_bn import PlateBatch
-from fulgurite.models.cs_arm_bn.adaptation import keep_modes
 from fulgurite.models.cs_arm_bn.methods.base import query_loss
 from fulgurite.models.cs_arm_bn.module import PlateClassifier
+from fulgurite.modes import keep_modes
 
 __all__ = ["compare_modes"]
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fulgurite.errors import ConfigError
 from fulgurite.models.fedsir.federation import Federation
 from fulgurite.models.fedsir.federation.randomness import keyed_randomness
+from fulgurite.modes import keep_modes
 
 __all__ = ["check_forward", "check_layers"]
 
@@ -74,10 +75,10 @@ def check_forward(federation: Federation) -> None:
     title = f"The network {type(network).__name__}"
     images = federation.data.client_images(client)[:2].to(federation.device)
     inputs = federation.data.plain_batch(images)
-    was_training = network.training
-    network.eval()
+    randomness = keyed_randomness(federation.device, federation.seed, "check")
     try:
-        with torch.no_grad(), keyed_randomness(federation.device, federation.seed, "check"):
+        with torch.no_grad(), randomness, keep_modes(network):
+            network.eval()
             # `forward` itself, so that nothing is compiled for two images
             logits, features = network.forward(inputs.clone()), network.features(inputs)  # type: ignore[operator]
             expected = None
@@ -92,8 +93,6 @@ def check_forward(federation: Federation) -> None:
             "Make it for this size, as DigitsNet is by its `image_size`, or let the source resize "
             "its images.",
         ) from error
-    finally:
-        network.train(was_training)
     wanted = (len(images), federation.num_classes)
     if not isinstance(logits, Tensor) or logits.shape != wanted:
         raise ConfigError(
