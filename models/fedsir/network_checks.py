@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fulgurite.base import check_layer_sizes
 from fulgurite.errors import ConfigError
 from fulgurite.models.fedsir.federation import Federation
 from fulgurite.models.fedsir.federation.randomness import keyed_randomness
@@ -31,14 +32,7 @@ def check_layers(network: nn.Module) -> None:
             f"{title} has no `features` method or no `head`.",
             "Give it both, so that forward(x) == head(features(x)).",
         )
-    for name, layer in network.named_modules():
-        tensors = (*layer.parameters(recurse=False), *layer.buffers(recurse=False))
-        if any(map(nn.parameter.is_lazy, tensors)):
-            raise ConfigError(
-                f"{title} has a {type(layer).__name__} ({name}), which does not know its sizes "
-                "yet.",
-                "Call it on a batch of the data's channels and size where it is made.",
-            )
+    check_layer_sizes(network)
     if next(network.parameters(), None) is None:
         raise ConfigError(f"{title} has no parameters.", "Give one that can be trained.")
     for name, value in network.state_dict().items():

@@ -27,6 +27,7 @@ __all__ = [
     "build_network",
     "check_callbacks",
     "check_head",
+    "check_layer_sizes",
     "check_sizes",
     "save_options",
     "scheduled",
@@ -83,12 +84,15 @@ class SystemModule(LightningModule):
         raise no_network_error(self)
 
     def setup(self, stage: str) -> None:
-        """Check that the model was made for the data.
+        """Check that the model was made for the data, and that ranks can share it.
 
         Raises:
-            ConfigError: The sizes of the model and the data differ.
+            ConfigError: The sizes of the model and the data differ, or there are several ranks
+                and a layer does not know its sizes yet.
         """
         check_sizes(self)
+        if self.trainer.world_size > 1:
+            check_layer_sizes(self)
 
 
 def check_sizes(module: LightningModule) -> None:
@@ -109,6 +113,24 @@ def check_sizes(module: LightningModule) -> None:
                 f"The data have {there} {things}, and the model was made for {here}.",
                 f"Make it with {type(module).__name__}({name}=data.{name}), on the command line "
                 f"--model.init_args.{name}={there}.",
+            )
+
+
+def check_layer_sizes(network: nn.Module) -> None:
+    """Refuse layers that take their sizes from the first batch, such as ``LazyLinear``.
+
+    Ranks cannot share their parameters, and models of clients cannot be averaged.
+
+    Raises:
+        ConfigError: A parameter or a buffer has no shape yet.
+    """
+    for name, layer in network.named_modules():
+        tensors = (*layer.parameters(recurse=False), *layer.buffers(recurse=False))
+        if any(map(nn.parameter.is_lazy, tensors)):
+            raise ConfigError(
+                f"{type(network).__name__} has a {type(layer).__name__} ({name}), which does not "
+                "know its sizes yet.",
+                "Call it on a batch of the data's channels and size where it is made.",
             )
 
 

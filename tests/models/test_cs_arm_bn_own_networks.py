@@ -1,5 +1,7 @@
 """Networks of one's own: classified as they are, or refused by name."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -70,3 +72,15 @@ def test_tent_says_that_nothing_can_be_trained():
     )
     with pytest.raises(ConfigError, match="none that can be trained"):
         predict(module)
+
+
+class Lazy(nn.Sequential):
+    def __init__(self, channels, classes):
+        super().__init__(nn.BatchNorm2d(channels), nn.Flatten(), nn.LazyLinear(classes))
+
+
+def test_layers_without_sizes_are_refused_where_ranks_would_share_them():
+    module = PlateClassifier(Lazy, num_classes=4, in_channels=3)
+    module.trainer = SimpleNamespace(world_size=2)
+    with pytest.raises(ConfigError, match=r"LazyLinear \(network\.2\), which does not know its"):
+        module.setup("fit")

@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import yaml
 from fakes.fedsir import FEDAVG
 from fakes.options import QUIET
 from fakes.runs import read_weights
+from torch import nn
 
 from fulgurite.commands import run_command
 
@@ -314,6 +316,17 @@ def test_a_full_disk_in_a_worker_is_one_line():
         as_our_error(OSError(text))
     )
     assert as_our_error(OSError("a text alone")) is None
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.GRU, partial(nn.Conv1d, kernel_size=1)])
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.double])
+def test_weights_of_another_precision_than_their_inputs_are_named(kind, dtype):
+    from fulgurite.cli.messages import as_our_error
+
+    with pytest.raises((RuntimeError, ValueError)) as raised:
+        kind(2, 2).to(dtype)(torch.zeros(1, 2, 2))
+    assert "--trainer.precision=bf16-true" in str(as_our_error(raised.value))
+    assert as_our_error(RuntimeError("expected a float, found a string")) is None
 
 
 def test_what_weights_and_biases_refuses_is_one_line():

@@ -59,6 +59,12 @@ def as_our_error(error: Exception) -> FulguriteError | None:
             f"The checkpoint does not fit the model: {problem[:300]}",
             "Use the model.* options of the run that wrote it.",
         )
+    if type(error) in (RuntimeError, ValueError) and _PRECISIONS.search(str(error)):
+        return ConfigError(
+            f"The model meets numbers of another precision than its own: {_one_line(str(error))}.",
+            "Convert it where it is made (network.float()), or train in its precision "
+            "(--trainer.precision=bf16-true or 16-true). --debug shows the layer.",
+        )
     if isinstance(error, _FORGED) and _raised_while_restoring(error):
         return CheckpointError(
             f"The checkpoint cannot be taken up ({type(error).__name__}: {describe_error(error)}).",
@@ -68,6 +74,13 @@ def as_our_error(error: Exception) -> FulguriteError | None:
         return ConfigError(" ".join(str(error).split()))
     return None
 
+
+# torch's words of layers whose inputs and weights differ in their floating point type
+_PRECISIONS = re.compile(
+    r"Input type \(.*\) and (?:weight|bias) type \(.*\) should be the same"
+    r"|must have the same dtype|mixed dtype \(CPU\)|input dtype .* does not match weight dtype"
+    r"|expected scalar type (?:Float|Half|BFloat16|Double) but found"
+)
 
 # what loops, callbacks and optimizers raise at states that are none of theirs
 _FORGED = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
