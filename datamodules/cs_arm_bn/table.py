@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fulgurite.data.exclusions import Exclusion, exclude_hint, name_some
-from fulgurite.data.names import find_alike, find_repeated
+from fulgurite.data.names import find_alike, find_repeated, quote_names
 from fulgurite.datamodules.cs_arm_bn.site_names import name_wells, refuse_alike_sites
 from fulgurite.errors import DataError
 
@@ -338,7 +338,7 @@ class PlateTable:
             named = name_some([self.class_names[c] for c in absent])
             lines.append(f"{len(absent)} classes without a query: {named}")
         for names in find_alike(self.class_names):
-            named = " and ".join(map(repr, names))
+            named = quote_names(names)
             lines.append(f"classes whose names are alike, and which may be one: {named}")
         if labelled.any() and len(np.unique(self.domain[labelled])) > 1:
             position = frame["well"].factorize()[0].astype(np.int64)[labelled]

@@ -35,6 +35,7 @@ _OTHER_SUFFIXES = (
     *(".avif", ".bmp", ".dcm", ".gif", ".heic", ".jfif", ".jp2", ".jpe", ".npy", ".pgm", ".ppm"),
     *(".tif", ".tiff", ".webp"),
 )
+_ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
 _TEST_SPLITS = ("test", "val", "valid", "validation")
 
 
@@ -43,7 +44,8 @@ class ImageFolder(EncodedImages):
 
     Splits are ``train`` and ``test``. ``val`` is the test split if there is no ``test``, and is
     left out with a warning otherwise. Without either, a part of the images becomes the test split.
-    Links are followed; a folder without images is no class, and a warning names it. Images are
+    Links are followed; a folder without images is no class, and a warning names it,
+    as it does archives inside. Images are
     decoded once, in parallel, into the cache (``FULGURITE_CACHE``). Its key is the content of a
     zip, and the names, sizes and times of the files of a folder.
 
@@ -165,6 +167,14 @@ class _SplitFiles:
             warnings.warn(
                 f"{len(others)} images of {root} are left out, since only JPEG and PNG are read: "
                 f"{name_some(others, 3)}.",
+                stacklevel=2,
+            )
+        # one beside the folders is where they came from
+        inside = [name for name in self.tree.names if "/" in name]
+        if packed := [name for name in inside if name.lower().endswith(_ARCHIVE_SUFFIXES)]:
+            warnings.warn(
+                f"{len(packed)} archives in {root} are left out, whose images are not read: "
+                f"{name_some(packed, 3)}. Unpack them, if their images belong to the data.",
                 stacklevel=2,
             )
         if empty := self._find_empty_folders():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fulgurite.data.exclusions import name_some
-from fulgurite.data.names import find_alike, find_repeated
+from fulgurite.data.names import find_alike, find_repeated, quote_names
 from fulgurite.datamodules.fedsir.samples import Listing, Samples
 from fulgurite.datamodules.fedsir.selection import (
     check_labels,
@@ -200,7 +200,7 @@ def _warn_of_classes(arrays: ImageArrays) -> None:
     for names in find_alike(arrays.class_names):
         log.warning(
             "The classes %s are different ones, and their names are alike: is it one?",
-            " and ".join(map(repr, names)),
+            quote_names(names),
         )
 
 

@@ -504,12 +504,15 @@ def test_what_is_left_out_is_said(tmp_path):
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("train/class_0/b.webp", b"")
         archive.writestr("labels.csv", b"")
+        archive.writestr("images.zip", b"")
+        archive.writestr("train/class_1/more.tar.gz", b"")
     with (
         pytest.warns(
             UserWarning,
             match=r"9 images in val/ .* left out.*data.init_args.evaluation.val_fraction",
         ),
         pytest.warns(UserWarning, match=r"1 images of .* left out.*: train/class_0/b\.webp"),
+        pytest.warns(UserWarning, match=r"1 archives in .*: train/class_1/more\.tar\.gz\. Unpack"),
     ):
         arrays = ImageFolder(str(path)).load()
     expected = class_images(3, 3, size=8, seed=2)[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable
 
-__all__ = ["find_alike", "find_misspelt", "find_repeated"]
+__all__ = ["find_alike", "find_misspelt", "find_repeated", "quote_names"]
 
 
 def find_repeated(names: Iterable[str]) -> str | None:
@@ -37,6 +37,22 @@ def find_alike(names: Iterable[str]) -> list[tuple[str, ...]]:
     for name in dict.fromkeys(names):
         groups.setdefault(_simplify(name), []).append(name)
     return [tuple(group) for group in groups.values() if len(group) > 1]
+
+
+def quote_names(names: Iterable[str]) -> str:
+    r"""Return names in quotes, joined by ``and``.
+
+    Those that are drawn alike, such as the two ways of Unicode to write ``é``, are escaped.
+
+    Example:
+        >>> print(quote_names(["DMSO", "dmso"]))
+        'DMSO' and 'dmso'
+        >>> print(quote_names(["\u00e9", "e\u0301"]))
+        '\xe9' and 'e\u0301'
+    """
+    names = list(names)
+    is_drawn_alike = len({unicodedata.normalize("NFKC", name) for name in names}) < len(names)
+    return " and ".join(map(ascii if is_drawn_alike else repr, names))
 
 
 def find_misspelt(names: Iterable[str], known: Iterable[str]) -> tuple[str, str] | None:
