@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.attention.flex_attention import flex_attention
 
 from fulgurite.attention import Streamed
@@ -83,3 +84,21 @@ def test_other_products_are_not_taken_for_it(precision):
 def test_parts_that_are_compiled_as_a_whole_run():
     compiled = torch.compile(nn.GELU(), fullgraph=True, backend="eager")
     assert count(lambda q, k, v: F.scaled_dot_product_attention(compiled(q), k, v)) == 1
+
+
+@pytest.mark.parametrize("make_bias", [causal_lower_right, causal_upper_left])
+def test_causal_biases_of_pytorch_are_made_as_without(make_bias):
+    def attend(q, k, v):
+        return F.scaled_dot_product_attention(q[:, None, :5], k[:, None], v[:, None], bias(5, 9))
+
+    def bias(queries, keys):
+        made.append(make_bias(queries, keys))
+        return made[-1]
+
+    made = []
+    assert count(attend) == 1
+    bias(5, 9)  # the constructor is PyTorch's own again
+    first, second = made
+    assert type(first) is type(second)
+    assert (first.variant, first.seq_len_q, first.seq_len_kv) == (second.variant, 5, 9)
+    assert "__new__" not in vars(type(first))

@@ -5,6 +5,7 @@ Axes: B batch, H heads, M queries, N keys.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from fulgurite.attention import Streamed
@@ -155,8 +156,27 @@ def take_census(model: nn.Module, backend: Streamed) -> Iterator[AttentionCensus
     ]
     try:
         # PyTorch compiles nothing under a dispatch mode, and where fullgraph=True it is an error
-        with torch.compiler.set_stance("force_eager"), census:
+        with torch.compiler.set_stance("force_eager"), _making_causal_biases(), census:
             yield census
     finally:
         for remove in removers:
             remove()
+
+
+@contextmanager
+def _making_causal_biases() -> Iterator[None]:
+    """Let PyTorch's own causal biases be made, whose constructor fails under any dispatch mode."""
+    module = sys.modules.get("torch.nn.attention.bias")  # a second to import
+    if module is None:
+        yield
+        return
+
+    def make_blank(kind: type[Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        with _disable_current_modes():  # type: ignore[no-untyped-call]
+            return Tensor.__new__(kind)
+
+    module.CausalBias.__new__ = staticmethod(make_blank)
+    try:
+        yield
+    finally:
+        del module.CausalBias.__new__
