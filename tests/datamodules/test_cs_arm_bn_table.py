@@ -110,7 +110,7 @@ def test_classes_have_names_of_their_own():
     with pytest.raises(ConfigError, match="'x' comes twice"):
         CsvPlates("p.csv", ["grey"], classes=["x", "y", "x"])
     report = PlateTable(rows(), ("1 µM", "1 \u03bcM"), ("grey",)).report()
-    assert "names are alike, and which may be one: '1 µM' and '1 \u03bcM'" in report
+    assert "names are alike, and which may be one: '1 \\xb5M' and '1 \\u03bcM'" in report
     assert "alike" not in table().report()
 
 

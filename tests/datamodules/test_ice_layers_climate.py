@@ -154,6 +154,25 @@ def test_antarctica_is_in_its_own_projection(tmp_path, native):
     assert sample(tmp_path, np.array([[-70.5, 140.0], [-75.0, 0.0]])).away[0] > 1e6
 
 
+@pytest.mark.parametrize(
+    ("name", "pos", "words"),
+    [
+        ("epsg3413", (70.5, -40.0), "are in the north, they are taken to be in EPSG:3413"),
+        ("epsg3031", (-75.0, 0.0), "are in the south, they are taken to be in EPSG:3031"),
+    ],
+)
+def test_a_projection_that_no_file_says_is_told(tmp_path, log, name, pos, words):
+    write(tmp_path, (2011, 2012), name=name)
+    sample(tmp_path, np.array([pos]), EDGES[:2], projection=name)
+    assert not log.text
+    sample(tmp_path, np.array([pos]), EDGES[:2])
+    assert words in log.text
+    name_projection(tmp_path, CRS.from_epsg(int(name[4:])).to_cf())
+    log.clear()
+    sample(tmp_path, np.array([pos]), EDGES[:2])
+    assert not log.text
+
+
 def name_projection(folder, attributes):
     """Give files a grid mapping."""
     for path in folder.glob("*.nc"):

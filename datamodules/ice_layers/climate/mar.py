@@ -6,6 +6,7 @@ Shapes: M points, L layers (newest first), P physical fields, T time steps, C gr
 from __future__ import annotations
 
 import glob
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,6 +47,8 @@ from fulgurite.extras import optional_import
 from fulgurite.io import data_path
 
 __all__ = ["PHYSICS", "ClimateRequest", "MarClimate", "Sample"]
+
+log = logging.getLogger(__name__)
 
 _YEAR = 365.25  # [days]
 _OPTION = "--data.init_args.source.init_args.climate.init_args"
@@ -97,8 +100,8 @@ class MarClimate:
         files: NetCDF files, folders or glob patterns, absolute or relative to ``FULGURITE_DATA``.
         projection: Projection in which the grid is triangulated; ``auto`` takes EPSG:3031 for
             grids in the south, else MAR's own; where the file has no 2-D ``LAT`` and ``LON``, what
-            its grid mapping says, or without any EPSG:3031 for flights in the south, else
-            EPSG:3413.
+            its grid mapping says, or without any, which a warning tells, EPSG:3031 for flights in
+            the south, else EPSG:3413.
         variables: Physical fields to use, in this order.
         scale: MAR variable -> factor that brings the value of a step to mm w.e. (``ZN6`` m, ``ST``
             degC or K), where a file's unit is wrong, missing or unknown. By default the unit says
@@ -246,6 +249,12 @@ class MarClimate:
             else:
                 is_south = self._in_south(latitudes, file)
             name = "epsg3031" if is_south else "mar" if two_d else "epsg3413"
+            if not two_d and mapping is None:
+                log.warning(
+                    "%s does not say in which projection its x and y are. Since the flights are "
+                    "in the %s, they are taken to be in %s; set %s.projection to say it.",
+                    *(file.path, "south" if is_south else "north", PROJECTIONS[name], _OPTION),
+                )
         projection = (
             pyproj.CRS.from_user_input(PROJECTIONS[name])
             if mapping is None
