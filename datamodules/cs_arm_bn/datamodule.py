@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from fulgurite.base import save_options
@@ -29,6 +29,7 @@ from fulgurite.datamodules.cs_arm_bn.prediction import find_input_plates
 from fulgurite.datamodules.cs_arm_bn.sources import PlateSource, check_images
 from fulgurite.datamodules.cs_arm_bn.splits import Assignment, Split, check_assignment
 from fulgurite.datamodules.cs_arm_bn.standardising import (
+    find_other_scales,
     find_pixel_statistics,
     measure_channels,
 )
@@ -238,7 +239,20 @@ class PlateDataModule(PlateLoaders):
         self._ready = True
         if self._statistics is None:
             self._statistics = measure_channels(self.images, self.assignment.train, self.pixels)
+        self._warn_of_other_scales()
         rank_zero_info(f"Plates: {self.table.report()}\n{self._describe_split()}")
+
+    def _warn_of_other_scales(self) -> None:
+        is_measured = self.pixels.normalise == "dataset" and self.pixels.mean is None
+        if not is_measured or self._statistics is None:
+            return
+        if scales := find_other_scales(self.images, self._statistics):
+            named = name_some([f"{name} ({times:.3g} times)" for name, times in scales.items()])
+            rank_zero_warn(
+                f"The values of {len(scales)} plates are of another scale than those of training: "
+                f"{named}. Bring all plates to one, or standardise each by its own controls: "
+                "--data.init_args.pixels.normalise=plate."
+            )
 
     def _describe_split(self) -> str:
         if self.predicts_input:

@@ -13,12 +13,19 @@ from fulgurite.datamodules.cs_arm_bn.images import PlateImages
 from fulgurite.datamodules.cs_arm_bn.options import PixelOptions
 from fulgurite.datamodules.cs_arm_bn.pixels import Standardisation
 from fulgurite.datamodules.cs_arm_bn.table import Rows
-from fulgurite.domains.cs_arm_bn import PixelStatistics
+from fulgurite.domains.cs_arm_bn import MIN_STD, PixelStatistics
 from fulgurite.errors import ConfigError, DataError
 
-__all__ = ["find_pixel_statistics", "make_standardisation", "measure_channels"]
+__all__ = [
+    "find_other_scales",
+    "find_pixel_statistics",
+    "make_standardisation",
+    "measure_channels",
+]
 
 Statistics = tuple[Tensor, Tensor]
+
+_OTHER_SCALE = 100.0  # times larger or smaller: no stain or exposure does it (inferred)
 
 
 def measure_channels(images: PlateImages, rows: Rows, pixels: PixelOptions) -> Statistics | None:
@@ -49,6 +56,31 @@ def measure_channels(images: PlateImages, rows: Rows, pixels: PixelOptions) -> S
     mean, std = images.moments(rows)
     unit = images.unit(int(rows[0]))
     return torch.from_numpy(mean / unit).float(), torch.from_numpy(std / unit).float()
+
+
+def find_other_scales(images: PlateImages, statistics: Statistics) -> dict[str, float]:
+    """Find plates of floating point whose values are of another scale than those of training.
+
+    Args:
+        images: The images; integers have the scale of their type.
+        statistics: Mean and standard deviation of the channels of training.
+
+    Returns:
+        How many times as large the values are (root mean square), by the name of the plate.
+    """
+    table = images.table
+    if images.unit(0) != 1:
+        return {}
+    mean, std = (values.double().numpy() for values in statistics)
+    trained = float(np.sqrt((mean**2 + std**2).mean()))
+    scales = {}
+    for plate, name in enumerate(table.domains):
+        # a few images tell it where none are stored
+        moments = np.stack(images.moments(np.flatnonzero(table.domain == plate), limit=4))
+        ratio = float(np.sqrt((moments**2).sum(0).mean())) / max(trained, MIN_STD)
+        if not 1 / _OTHER_SCALE < ratio < _OTHER_SCALE:
+            scales[name] = ratio
+    return scales
 
 
 def _measure_controls(

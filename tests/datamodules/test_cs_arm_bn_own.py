@@ -3,13 +3,14 @@
 import csv
 import io
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
 
-from fulgurite.datamodules.cs_arm_bn import CsvPlates
+from fulgurite.datamodules.cs_arm_bn import CsvPlates, HoldOut, PlateDataModule
 from fulgurite.datamodules.cs_arm_bn.command import COLUMNS, main, template
 from fulgurite.errors import DataError
 
@@ -150,3 +151,30 @@ def test_a_check_follows_paths_of_another_machine(workdir, capsys):
         options = [f"--prefixes={{'{folder}': ''}}", "--channels=Actin,DNA"]
         assert main(["check", "plates.csv", *options]) == 0
         assert "channels Actin, DNA" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_plates_of_another_scale_are_named(tmp_path, filled_cache, cache):
+    generator, rows = np.random.default_rng(0), []
+    for row in TABLE:
+        scale = 255 if row["plate"] == "P4" else 1
+        name = f"{row['plate']}_{row['well']}_{row['site']}.npy"
+        np.save(tmp_path / name, scale * generator.random((2, 8, 8), np.float32))
+        rows.append({key: row[key] for key in row if not key.startswith("path")} | {"path": name})
+    with (tmp_path / "plates.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+    def set_up(**pixels):
+        source = CsvPlates(str(tmp_path / "plates.csv"), CHANNELS, intensity="full", downscale=1)
+        split = HoldOut(new_batches=1, val_batches=1, in_domain=0)
+        options = {"episodes": {"min_controls": 4}, "pixels": {"cache": cache} | pixels}
+        data = PlateDataModule(source, split, **options)
+        data.setup()
+
+    with pytest.warns(UserWarning, match=r"3 plates .* scale .*\|P1 \(0\.005\d+ times"):
+        set_up()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        set_up(normalise="plate")
