@@ -172,7 +172,7 @@ def _making_causal_biases() -> Iterator[None]:
         return
 
     def make_blank(kind: type[Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        with _disable_current_modes():  # type: ignore[no-untyped-call]
+        with _disable_current_modes():
             return Tensor.__new__(kind)
 
     module.CausalBias.__new__ = staticmethod(make_blank)
