@@ -309,6 +309,8 @@ def _split_table(table: pd.DataFrame) -> tuple[pd.DataFrame, NDArray[Any], tuple
     Returns:
         The keys, the embeddings, and the names of the columns per number.
     """
+    if index := [name for name in table.index.names if name in (*_KEYS, _ROW)]:
+        table = table.reset_index(index)  # pandas' index is a column of the file
     names = [name for name in (*_KEYS, _ROW) if name in table]
     if "embedding" in table:
         if (empty := table["embedding"].isna().to_numpy()).any():

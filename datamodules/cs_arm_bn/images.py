@@ -259,7 +259,8 @@ class PlateImages:
     def moments(self, rows: Rows, limit: int = 2_000) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return mean and standard deviation of each channel over sites, in stored units.
 
-        Without a cache at most ``limit`` evenly spaced sites are read.
+        The deviation of a channel that is the same everywhere is 1, so that it stays harmless where
+        it is not. Without a cache at most ``limit`` evenly spaced sites are read.
 
         Shape:
             - rows: (.,) int64 -> (C,) float64 and (C,) float64.
@@ -274,8 +275,13 @@ class PlateImages:
                 moments = self._open_store(d)["moments"]
                 parts.append(moments[self._offset[rows[self.table.domain[rows] == d]]])
             site_moments = np.concatenate(parts)
-        mean, square = site_moments.mean(0)
-        return mean, np.sqrt(np.maximum(square - mean**2, 1e-12))
+        site_mean, site_square = site_moments[:, 0], site_moments[:, 1]
+        mean = site_mean.mean(0)
+        # within and between sites: the mean square minus the squared mean loses small deviations
+        within = np.maximum(site_square - site_mean**2, 0).mean(0)
+        variance = within + ((site_mean - mean) ** 2).mean(0)
+        varies = variance > 1e-28 * (mean**2)  # more than what rounding leaves
+        return mean, np.sqrt(np.where(varies, variance, 1))
 
     def sizes(self) -> dict[tuple[int, int], str]:
         """Return the sizes (h, w) of images, each with a plate that has it.

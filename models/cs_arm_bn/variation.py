@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fulgurite.errors import DataError
 
-__all__ = ["TVNReference", "fit_tvn", "tvn"]
+__all__ = ["TVNReference", "fit_tvn", "measure_spread", "tvn"]
 
 
 class TVNReference(NamedTuple):
@@ -31,8 +31,19 @@ class TVNReference(NamedTuple):
     target: Tensor
 
 
-def _mean_std(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, which is 1 for directions without variation."""
+def measure_spread(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, which is 1 for directions without variation.
+
+    Args:
+        x: Embeddings. Shape: (n, D).
+
+    Returns:
+        Mean and standard deviation, each of shape (D,).
+
+    Example:
+        >>> measure_spread(torch.tensor([[1.0, 7.0], [5.0, 7.0]]))
+        (tensor([3., 7.]), tensor([2., 1.]))
+    """
     mean = x.mean(0)
     std = x.std(0, correction=0)
     return mean, torch.where(std > 1e-6 * std.max().clamp_min(1e-12), std, torch.ones_like(std))
@@ -75,13 +86,13 @@ def fit_tvn(controls: Tensor, domains: Tensor, ridge: float = 0.5) -> TVNReferen
             "Give controls: data.init_args.episodes.controls of 2 or more.",
         )
     z = controls.double()
-    mean, std = _mean_std(z)
+    mean, std = measure_spread(z)
     _, rotation = torch.linalg.eigh(_covariance((z - mean) / std, 0.0))
     u = ((z - mean) / std) @ rotation
     aligned = torch.empty_like(u)
     for domain in set(domains.tolist()):
         rows = domains == domain
-        plate_mean, plate_std = _mean_std(u[rows])
+        plate_mean, plate_std = measure_spread(u[rows])
         aligned[rows] = (u[rows] - plate_mean) / plate_std
     return TVNReference(mean, std, rotation, _matrix_power(_covariance(aligned, ridge), 0.5))
 
@@ -120,6 +131,6 @@ def tvn(
         ((x.double() - reference.mean) / reference.std) @ reference.rotation
         for x in (embeddings, controls)
     )
-    mean, std = _mean_std(c)
+    mean, std = measure_spread(c)
     whiten = _matrix_power(_covariance((c - mean) / std, ridge), -0.5)
     return ((u - mean) / std) @ whiten @ reference.target

@@ -86,6 +86,25 @@ def test_rows_are_matched_by_number(tmp_path, keys, values):
     np.testing.assert_array_equal(data.images[17][:, 0, 0], values[17])
 
 
+@pytest.mark.parametrize("kind", ["parquet", "parquet of lists"])
+def test_keys_may_be_the_index_of_pandas(tmp_path, keys, values, kind):
+    path = write(tmp_path, keys, values, kind)
+    pd.read_parquet(path).set_index(["plate", "well", "site"]).to_parquet(path)
+    data = make_data(path, pixels={"cache": False})
+    assert data.in_channels == D
+    data.setup()
+    np.testing.assert_array_equal(data.images[17][:, 0, 0], values[17])
+
+
+def test_numbers_that_never_vary_in_training_stay_harmless(tmp_path, keys, values):
+    values[:, 0], values[:, 1] = 4, 1e-9 * values[:, 2]
+    data = make_data(write(tmp_path, keys, values))
+    data.setup()
+    queries, std = values[data.assignment.train], data.state_dict()["std"].numpy()
+    np.testing.assert_allclose(std[1:], queries[:, 1:].std(0, dtype=np.float64), rtol=1e-5)
+    assert std[0] == 1  # as scikit-learn scales it: a plate where it does vary is not blown up
+
+
 def test_sites_without_an_embedding_are_named_or_left_out(tmp_path, keys, values):
     path = write(tmp_path, keys.drop(index=[9, 10]), np.delete(values, [9, 10], 0))
     with pytest.raises(DataError, match=r"2 of the 48 sites: lab.b0.p1 A02 site 1, .*A03") as error:

@@ -347,6 +347,18 @@ def test_a_linear_probe_is_a_linear_layer_on_standardised_embeddings():
     torch.testing.assert_close(logits(module, without), expected)
 
 
+def test_a_number_that_never_varies_in_training_does_not_drown_the_others_at_test():
+    module = PlateClassifier(EmbeddingHead(6, K), LinearProbe(), num_classes=K, in_channels=6)
+    plates = [make_batch(i, i) for i in range(3)]
+    plates = [b._replace(images=b.images.flatten(1)[:, :6, None, None]) for b in plates]
+    for batch in plates:
+        batch.images[:, 0] = 0  # as of a ReLU that is dead on the plates of the training
+    module.method.begin(module.network, plates, training=True)
+    before = logits(module, plates[0])
+    plates[0].images[:, 0] = 0.1
+    assert 0 < (logits(module, plates[0]) - before).abs().max() < 1
+
+
 @pytest.mark.parametrize("method", ALL)
 def test_methods_say_whether_they_need_batchnorm(method):
     needs = {AdaBN, ARMBN, CSARMBN, AdaptiveWeight, Weighted, ControlsOnly, TENT}

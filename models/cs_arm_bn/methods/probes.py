@@ -15,7 +15,7 @@ from fulgurite.errors import ConfigError, DataError
 from fulgurite.models.cs_arm_bn.batchnorm import Context
 from fulgurite.models.cs_arm_bn.embedding import embed, find_head
 from fulgurite.models.cs_arm_bn.methods.base import Method
-from fulgurite.models.cs_arm_bn.variation import TVNReference, fit_tvn, tvn
+from fulgurite.models.cs_arm_bn.variation import TVNReference, fit_tvn, measure_spread, tvn
 
 __all__ = ["TVN", "LinearProbe"]
 
@@ -24,7 +24,7 @@ class LinearProbe(Method):
     """A linear classifier on frozen embeddings of any network, such as a vision transformer.
 
     The embeddings are the inputs of the network's last linear layer, standardised by the mean and
-    standard deviation of the training queries. The network is not trained and stays in evaluation
+    standard deviation of the training queries (1 for a number that is the same in all). The network is not trained and stays in evaluation
     mode.
 
     Source: docs/papers/cs_arm_bn.md section 1.6 (the classifier on embeddings); inferred.
@@ -76,8 +76,9 @@ class LinearProbe(Method):
         queries = torch.cat(
             [self._normalise_embeddings(q.to(device), c.to(device)) for _, q, c in batches]
         )
-        self.center.copy_(queries.mean(0))  # type: ignore[operator]
-        self.scale.copy_(queries.std(0, correction=0).clamp_min(1e-9))  # type: ignore[operator]
+        center, scale = measure_spread(queries)
+        self.center.copy_(center)  # type: ignore[operator]
+        self.scale.copy_(scale)  # type: ignore[operator]
 
     def logits(self, network: nn.Module, batch: PlateBatch, context: Context) -> Tensor:
         """Logits of the queries: see :meth:`Method.logits`."""
