@@ -142,10 +142,14 @@ def is_plain_column(kind: Any) -> bool:
     return bool(
         pa.types.is_integer(kind)
         or pa.types.is_floating(kind)
-        or pa.types.is_string(kind)
-        or pa.types.is_large_string(kind)
+        or is_text_column(kind)
         or pa.types.is_boolean(kind)
     )
+
+
+def is_text_column(kind: Any) -> bool:
+    """Tell whether a column of parquet holds text, in any of Arrow's layouts."""
+    return str(kind) in ("string", "large_string", "string_view")
 
 
 def cell_text(value: Any) -> str:

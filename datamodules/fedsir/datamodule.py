@@ -341,6 +341,8 @@ class FederatedDataModule(L.LightningDataModule):
             levels = torch.arange(256, dtype=torch.float64) / 255
             mean = frequencies @ levels
             std = (frequencies @ levels**2 - mean**2).clamp_min(1e-8).sqrt()
+            # one that is the same everywhere stays harmless in images where it is not
+            std[frequencies.max(1).values == 1] = 1
         else:
             mean, std = torch.tensor(options.mean), torch.tensor(options.std)
             if len(mean) != channels or len(std) != channels:

@@ -6,6 +6,7 @@ Shapes: R training images of the source, C classes.
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -80,7 +81,9 @@ def label_numbers(
     different = list(dict.fromkeys(texts))
     names = {name: k for k, name in enumerate(class_names)}
     numbers = {str(k): k for k in range(len(class_names))}
-    numbers |= {f"{text}.0": k for text, k in numbers.items()}  # as pandas writes columns with gaps
+    # as pandas writes columns with gaps
+    numbers |= {f"{text}.0": k for text, k in numbers.items()}
+    names = {f"{name}.0": k for name, k in names.items() if name.isdigit()} | names
     meanings = {"names": names, "numbers": numbers}
     fitting = {
         kind: {text: meaning[text] for text in different}
@@ -188,7 +191,13 @@ def _load_arrays(path: Path) -> Any:
         (_empty_array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")
     ]
     with torch.serialization.safe_globals(allowed):
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:  # whose text advises to trust the file
+            raise ValueError(
+                "it is damaged, or holds other objects than tensors, arrays of numbers, and lists "
+                "of whole numbers"
+            ) from error
     check_tensors(content, os.path.getsize(path))
     return content
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fulgurite.datamodules.fedsir.annotations import cell_text, is_plain_column
+from fulgurite.datamodules.fedsir.annotations import cell_text, is_plain_column, is_text_column
 from fulgurite.datamodules.fedsir.cache import cached_arrays
 from fulgurite.datamodules.fedsir.decoding import (
     EncodedImages,
@@ -252,7 +252,7 @@ class _ParquetTable:
         names = _read_metadata_names(schema, label)
         kind = schema.field(label).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        self.numbered &= not (pa.types.is_string(kind) or pa.types.is_large_string(kind))
+        self.numbered &= not is_text_column(kind)
         labels = texts.pop(label)
         if is_first:
             self.columns, self.class_names = texts, names

@@ -5,6 +5,7 @@ Axes: K clients, P flat state size.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -282,6 +283,7 @@ class RoundEngine:
             "name": type(self.method).__name__,
             "seed": self.fed.seed,
             "round": self.round,
+            "partition": _digest_partition(self.fed.index),
             "labels": self.fed.labels.state_dict(),
             "clients": self.fed.read_memories(),
             "method": _move_models(self.method.state_dict(), torch.device("cpu")),
@@ -307,6 +309,13 @@ class RoundEngine:
                 f"The checkpoint is of {saved['name']}, not of {type(self.method).__name__}.",
                 "Resume with the method of the run, model.init_args.method.",
             )
+        partition = _digest_partition(self.fed.index)
+        if saved.get("partition", partition) != partition:  # none: of an older version
+            raise CheckpointError(
+                "The clients of the checkpoint have other samples than those of these data.",
+                "Resume with the partition of the run and the file that it reads, if any, as it "
+                "was; or begin anew from its weights, --model.init_args.weights=CHECKPOINT.",
+            )
         self.fed.labels.load_state_dict(saved["labels"])
         self.method.load_state_dict(_move_models(saved["method"], self.fed.device))
         self.fed.write_memories(saved["clients"])
@@ -314,6 +323,14 @@ class RoundEngine:
         self.fed.receivers = set(saved["receivers"])
         self.round, self.upcoming = int(saved["round"]), int(saved["upcoming"])
         self._started = True
+
+
+def _digest_partition(index: Sequence[Tensor]) -> str:
+    """SHA-256 of the samples of each client."""
+    digest = hashlib.sha256()
+    for samples in index:
+        digest.update(str(samples.tolist()).encode())
+    return digest.hexdigest()
 
 
 def _move_models(value: Any, device: torch.device) -> Any:

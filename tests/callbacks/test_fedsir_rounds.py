@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning
@@ -449,6 +450,27 @@ def test_a_checkpoint_of_another_method_or_network_is_refused(default_run, fulgu
     status, _, error = fulgurite(*new, "--model.init_args.network.hidden=32")
     assert status == 2
     assert "does not fit the model" in error
+
+
+def test_a_partition_whose_file_changed_is_refused(fulgurite):
+    rows = Digits(copies=1).load().samples().rows.tolist()
+    parts = [rows[0::2], rows[1::2]]
+    resume = (
+        *("fit", "--config", "fedsir/smoke.yaml", "--run.dir=run", *QUIET),
+        f"--model.init_args.method={METHODS}.FedAvg",
+        "--data.init_args.noise=null",
+        "--data.init_args.clients=2",
+        "--data.init_args.partition=fulgurite.datamodules.fedsir.FilePartition",
+        "--data.init_args.partition.init_args.path=clients.json",
+    )
+    Path("clients.json").write_text(json.dumps(parts))
+    assert fulgurite(*resume, "--trainer.max_epochs=1")[0] == 0
+    Path("clients.json").write_text(json.dumps(parts[::-1]))
+    status, _, error = fulgurite(*resume, "--ckpt_path=last", "--trainer.max_epochs=2")
+    assert status == 2
+    assert "clients of the checkpoint have other samples" in error
+    Path("clients.json").write_text(json.dumps(parts))
+    assert fulgurite(*resume, "--ckpt_path=last", "--trainer.max_epochs=2")[0] == 0
 
 
 @pytest.mark.parametrize(

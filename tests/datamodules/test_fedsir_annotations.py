@@ -368,6 +368,32 @@ def test_names_and_numbers_that_differ_are_asked_for(tmp_path):
         build(noise=FileLabels(write(tmp_path, table(label=["cat", *GIVEN[1:]]), "b.csv")))
 
 
+def test_names_that_pandas_wrote_as_floats_are_names(tmp_path):
+    source = numbered(names=("1", "0"))
+    path = write(tmp_path, table(label=[float(1 - c) for c in GIVEN]))
+    with pytest.raises(ConfigError, match="both names and numbers"):
+        build(noise=FileLabels(path), source=source)
+    check_labels(build(noise=FileLabels(path, labels_are="names"), source=source))
+
+
+def test_other_objects_in_a_torch_file_are_one_error_of_ours(tmp_path):
+    path = str(tmp_path / "a.pt")
+    torch.save({"label": [np.int64(0)] * TOTAL}, path)
+    with pytest.raises(DataError, match=r"holds other objects than tensors, arrays of numbers"):
+        build(noise=FileLabels(path))
+
+
+@pytest.mark.parametrize("layout", ["string", "large_string", "string_view"])
+def test_text_of_parquet_comes_in_any_layout(tmp_path, layout):
+    pa = pytest.importorskip("pyarrow")
+    clients = pa.array(CLIENTS).cast(getattr(pa, layout)())
+    columns = {"row": pa.array(range(TOTAL)), "client": clients}
+    pytest.importorskip("pyarrow.parquet").write_table(pa.table(columns), tmp_path / "a.parquet")
+    data = build(FilePartition(str(tmp_path / "a.parquet")), source=numbered(key=None))
+    for k in range(3):
+        assert {CLIENTS[row] for row in rows_of(data, k).tolist()} == {f"c{k}"}
+
+
 def test_numbers_of_an_array_that_are_names_too_are_asked_for(tmp_path):
     source = numbered(names=("1", "0"))  # as folders 0 to 10 are sorted: 10 is the third
     path = save(tmp_path, "a.npy", {"label": np.array([1 - c for c in GIVEN])})

@@ -3,6 +3,7 @@
 import textwrap
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -278,6 +279,17 @@ def test_given_mean_and_deviation(tmp_path):
     )
     with pytest.raises(ConfigError, match="1 means and 1 standard deviations for 3"):
         wrong.setup()
+
+
+def test_a_channel_that_is_the_same_everywhere_stays_harmless_where_it_is_not(tmp_path):
+    path = write_npz(tmp_path / "a.npz", channels=3)
+    arrays = dict(np.load(path))
+    arrays["train_images"][..., 2] = 9
+    np.savez(path, **arrays)
+    data = build(source=Npz(str(path)), clients=2, noise=None)
+    data.setup()
+    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    assert 0 < data.plain_batch(images)[:, 2].abs().max() < 1
 
 
 def test_memory_mapped_images(tmp_path, cache):
