@@ -22,6 +22,7 @@ from fulgurite.errors import ConfigError, DataError
 from fulgurite.extras import optional_import
 from fulgurite.foreign import (
     check_parquet,
+    is_text_column,
     open_compressed,
     read_json,
     reading,
@@ -145,11 +146,6 @@ def is_plain_column(kind: Any) -> bool:
         or is_text_column(kind)
         or pa.types.is_boolean(kind)
     )
-
-
-def is_text_column(kind: Any) -> bool:
-    """Tell whether a column of parquet holds text, in any of Arrow's layouts."""
-    return str(kind) in ("string", "large_string", "string_view")
 
 
 def cell_text(value: Any) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fulgurite.datamodules.fedsir.annotations import cell_text, is_plain_column, is_text_column
+from fulgurite.datamodules.fedsir.annotations import cell_text, is_plain_column
 from fulgurite.datamodules.fedsir.cache import cached_arrays
 from fulgurite.datamodules.fedsir.decoding import (
     EncodedImages,
@@ -32,7 +32,7 @@ from fulgurite.datamodules.fedsir.samples import Listing
 from fulgurite.datamodules.fedsir.sources import ImageArrays
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.extras import optional_import
-from fulgurite.foreign import check_parquet, reading
+from fulgurite.foreign import check_parquet, is_text_column, reading
 from fulgurite.io import checksum, data_path
 from fulgurite.options import check_options, make_options
 
@@ -234,8 +234,6 @@ class _ParquetTable:
             raise DataError(f"There are no images in {pattern}.", f"Set `{option}`.")
 
     def _add_file(self, file: Any, path: Path, image: str, label: str, *, is_first: bool) -> None:
-        import pyarrow as pa
-
         schema = file.schema_arrow
         for name, option in ((image, "image"), (label, "label")):
             if schema.names.count(name) != 1:
@@ -250,9 +248,7 @@ class _ParquetTable:
         table = file.read(columns=plain)
         texts = {name: [cell_text(v) for v in table[name].to_pylist()] for name in plain}
         names = _read_metadata_names(schema, label)
-        kind = schema.field(label).type
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        self.numbered &= not is_text_column(kind)
+        self.numbered &= not is_text_column(schema.field(label).type)
         labels = texts.pop(label)
         if is_first:
             self.columns, self.class_names = texts, names

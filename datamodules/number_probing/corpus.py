@@ -80,7 +80,7 @@ def cached_tokens(files: Sequence[Path], tokenizer: Tokenizer, column: str = "te
     """
     digests = [(path.suffix == ".parquet", checksum(path)) for path in files]
     listing = json.dumps([digests, column, tokenizer.key])
-    key = f"tokens-2-{hashlib.sha256(listing.encode()).hexdigest()[:32]}"
+    key = f"tokens-3-{hashlib.sha256(listing.encode()).hexdigest()[:32]}"
     cache = cached_store(
         key, lambda empty: _write_tokens(empty, files, tokenizer, column), store=TokenCache
     )

@@ -1,5 +1,7 @@
 """Text with numbers: tokens, the cache, windows, and what perturbations keep and take away."""
 
+import codecs
+import gzip
 import json
 import multiprocessing
 import os
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fulgurite.data.listing import find_files
+from fulgurite.data.text import read_documents
 from fulgurite.data.text_options import TextSplit
 from fulgurite.datamodules.number_probing import (
     DigitTokenizer,
@@ -247,6 +250,47 @@ def test_processes_write_it_together(corpus):
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         folders = pool.map(_fill, [str(corpus)] * 4)
     assert len({*folders}) == 1
+
+
+@pytest.mark.parametrize("change", [codecs.BOM_UTF8.__add__, lambda b: b.replace(b"\n", b"\r\n")])
+def test_marks_and_ends_of_lines_of_other_systems_change_nothing(tmp_path, change):
+    text = "Room 12 of 345.\nCafé 6.\n".encode()
+    for name, content in (("a.txt", text), ("b.txt", change(text))):
+        (tmp_path / name).write_bytes(content)
+    one, other = (
+        cached_tokens([tmp_path / name], WordTokenizer(VOCABULARY)) for name in ("a.txt", "b.txt")
+    )
+    np.testing.assert_array_equal(one.tokens, other.tokens)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.encode("utf-16"), "text in UTF-16, not text in UTF-8"),
+        (lambda text: text.encode("utf-16-le"), "zero bytes, as text in UTF-16"),
+        (lambda text: text.encode("utf-32-be"), "zero bytes"),
+        (lambda text: text.encode("latin-1"), "'utf-8' codec can't decode byte 0xe9"),
+        (lambda text: gzip.compress(text.encode()), "compressed by gzip, not text"),
+        (lambda text: b"%PDF-1.7 12", "a PDF, not text"),
+    ],
+)
+def test_what_is_no_text_in_utf_8_is_refused_and_not_read_as_other_numbers(
+    tmp_path, change, message
+):
+    (tmp_path / "a.txt").write_bytes(change("Room 12 of 345, café 6. " * 9))
+    with pytest.raises(DataError, match=message) as error:
+        cached_tokens([tmp_path / "a.txt"], WordTokenizer(VOCABULARY))
+    assert "Save it as text in UTF-8" in error.value.hint
+
+
+@pytest.mark.parametrize("layout", ["large_string", "string_view", "dictionary"])
+def test_text_of_parquet_comes_in_any_layout(tmp_path, layout):
+    pa = pytest.importorskip("pyarrow")
+    texts = pa.array(["one 1", "two 22", "two 22"])
+    other = texts.dictionary_encode() if layout == "dictionary" else texts.cast(layout)
+    table = pa.table({"text": other})
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "b.parquet")
+    assert [*read_documents([tmp_path / "b.parquet"])] == ["one 1", "two 22", "two 22"]
 
 
 def test_nothing_to_read(workdir):

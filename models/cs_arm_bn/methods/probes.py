@@ -24,8 +24,8 @@ class LinearProbe(Method):
     """A linear classifier on frozen embeddings of any network, such as a vision transformer.
 
     The embeddings are the inputs of the network's last linear layer, standardised by the mean and
-    standard deviation of the training queries (1 for a number that is the same in all). The network is not trained and stays in evaluation
-    mode.
+    standard deviation of the training queries (1 for a number that is the same in all). The
+    network is not trained and stays in evaluation mode.
 
     Source: docs/papers/cs_arm_bn.md section 1.6 (the classifier on embeddings); inferred.
     """

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from fulgurite.errors import DataError
 from fulgurite.extras import optional_import
-from fulgurite.foreign import check_parquet, reading
+from fulgurite.foreign import check_parquet, decode_text, is_text_column, reading
 
 __all__ = [
     "UNREADABLE_TEXT", "ConsecutiveStarts", "FileWindows", "pad_window", "read_documents",
@@ -22,6 +22,7 @@ __all__ = [
 
 #: What to do about a file that cannot be read.
 UNREADABLE_TEXT = "Make it readable, or leave it out of `--data.init_args.text.paths`."
+_NO_TEXT = "Save it as text in UTF-8, or leave it out of `--data.init_args.text.paths`."
 _ROWS = 256  # of a table that are read at a time
 
 
@@ -36,7 +37,7 @@ def read_documents(files: Sequence[Path], column: str = "text") -> Iterator[str]
         column: Text column of parquet tables.
 
     Raises:
-        DataError: A file cannot be read, or has no such column of text.
+        DataError: A file cannot be read, is no text in UTF-8, or has no such column of text.
         MissingExtraError: A file is a parquet table, and pyarrow is not installed.
 
     Source: FineWeb-Edu's layout, column ``text``, docs/papers/number_probing.md section 2.2.
@@ -46,12 +47,13 @@ def read_documents(files: Sequence[Path], column: str = "text") -> Iterator[str]
             yield from _read_parquet(path, column)
             continue
         with reading(path, "The file", UNREADABLE_TEXT):
-            text = path.read_text(encoding="utf-8", errors="replace")
+            content = path.read_bytes()
+        with reading(path, "The file", _NO_TEXT):
+            text = decode_text(content)
         yield text
 
 
 def _read_parquet(path: Path, column: str) -> Iterator[str]:
-    pa = optional_import("pyarrow", "probing-data", f"The table {path}")
     pq = optional_import("pyarrow.parquet", "probing-data", f"The table {path}")
     hint = "Fetch it again, or leave it out of `--data.init_args.text.paths`."
     with ExitStack() as stack:
@@ -60,7 +62,7 @@ def _read_parquet(path: Path, column: str) -> Iterator[str]:
             table = stack.enter_context(pq.ParquetFile(path))
             schema = table.schema_arrow
             kind = schema.field(column).type if column in schema.names else None
-        if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        if kind is None or not is_text_column(kind):
             raise DataError(
                 f"The table {path} has no column {column!r} of text (its type is {kind}).",
                 "Set `--data.init_args.text.column` to the column that holds the text.",

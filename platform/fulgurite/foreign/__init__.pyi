@@ -11,6 +11,8 @@ from .reading import describe_error as describe_error
 from .reading import expansion_limit as expansion_limit
 from .reading import reading as reading
 from .tables import check_parquet as check_parquet
+from .tables import decode_text as decode_text
+from .tables import is_text_column as is_text_column
 from .tables import read_csv as read_csv
 from .tables import refuse_other_formats as refuse_other_formats
 from .tables import refuse_other_separator as refuse_other_separator

@@ -19,7 +19,14 @@ from fulgurite.foreign.text import open_compressed
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["check_parquet", "read_csv", "refuse_other_formats", "refuse_other_separator"]
+__all__ = [
+    "check_parquet",
+    "decode_text",
+    "is_text_column",
+    "read_csv",
+    "refuse_other_formats",
+    "refuse_other_separator",
+]
 
 _MOST_FIELDS = 10_000  # of a line of a table
 _CHUNK = 1 << 20
@@ -65,18 +72,36 @@ _OTHER_FORMATS = {
     b"PAR1": "parquet, which needs the ending .parquet",
     codecs.BOM_UTF16_LE: "text in UTF-16",
     codecs.BOM_UTF16_BE: "text in UTF-16",
+    b"\x1f\x8b": "compressed by gzip",
+    b"%PDF-": "a PDF",
 }
 
 
-def refuse_other_formats(content: bytes) -> None:
+def refuse_other_formats(content: bytes, wanted: str = "comma-separated values in UTF-8") -> None:
     """Refuse what is no text in UTF-8, by how it begins.
 
     Raises:
-        ValueError: It is a spreadsheet, a zip, parquet or text in UTF-16.
+        ValueError: It is a spreadsheet, a zip, parquet, gzip, a PDF or text in UTF-16.
     """
     for start, name in _OTHER_FORMATS.items():
         if content.startswith(start):
-            raise ValueError(f"it is {name}, not comma-separated values in UTF-8")
+            raise ValueError(f"it is {name}, not {wanted}")
+
+
+def decode_text(content: bytes) -> str:
+    r"""Decode text in UTF-8, with or without a mark of byte order; lines end with ``\n``.
+
+    Raises:
+        ValueError: It is something else, whose characters would be others.
+
+    Example:
+        >>> decode_text(b"\xef\xbb\xbf7\r\n8")
+        '7\n8'
+    """
+    refuse_other_formats(content, "text in UTF-8")
+    if b"\0" in content:
+        raise ValueError("it has zero bytes, as text in UTF-16 and data have, not text in UTF-8")
+    return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _refuse_stray_quotes(content: bytes) -> None:
@@ -118,6 +143,14 @@ def refuse_other_separator(columns: Sequence[Any]) -> None:
     for sign, word in (("\t", "tabs"), (";", "semicolons")):
         if len(columns) == 1 and sign in str(columns[0]):
             raise ValueError(f"its fields are separated by {word}: separate them by commas")
+
+
+def is_text_column(kind: Any) -> bool:
+    """Tell whether a column of parquet of this Arrow type holds text, in any of Arrow's layouts."""
+    import pyarrow as pa
+
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return str(kind) in ("string", "large_string", "string_view")
 
 
 def check_parquet(path: str | Path) -> None:
