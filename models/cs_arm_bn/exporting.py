@@ -85,12 +85,14 @@ def export_classifier(
         chunk: Controls in a forward pass of the adaptation.
 
     Raises:
-        ConfigError: The method's predictions depend on the images that are predicted together; or
-            the plate is missing, unknown, or makes no difference.
+        ConfigError: The method's logits are not those of the network, or depend on the images that
+            are predicted together; or the plate is missing, unknown, or makes no difference.
     """
     data: Any = request.data
     if not callable(getattr(data, "pixel_statistics", None)):
         raise no_network_error(method, f"since {type(data).__name__} says nothing of its pixels")
+    if method.frozen or (method.deploys and not method.predicts_by_network_alone):
+        raise no_network_error(method, "since its logits are not those of the network alone")
     plate = request.options.get("plate")
     copied = copy.deepcopy(network).eval()
     number: int | None = None

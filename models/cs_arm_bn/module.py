@@ -148,9 +148,17 @@ class PlateClassifier(SystemModule):
         """The optimizer of all trainable parameters, with its scheduler if there is one.
 
         Raises:
-            ConfigError: The scheduler needs a metric.
+            ConfigError: There is nothing to train, or the scheduler needs a metric.
         """
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        trained = [p for p in self.parameters() if p.requires_grad]
+        if not trained:
+            raise ConfigError(
+                f"No parameter of the network {type(self.network).__name__} is trained by "
+                f"{type(self.method).__name__}.",
+                "Leave some with requires_grad=True, or train a linear classifier on its "
+                "embeddings: model.init_args.method=fulgurite.models.cs_arm_bn.LinearProbe.",
+            )
+        optimizer = self.optimizer(trained)
         return scheduled(optimizer, self.scheduler, "epoch")
 
     @contextmanager

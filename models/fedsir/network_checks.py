@@ -23,8 +23,8 @@ def check_layers(network: nn.Module) -> None:
     """Refuse a network whose models cannot be averaged.
 
     Raises:
-        ConfigError: The network lacks ``features`` or ``head``, has no parameters, one without a
-            shape yet, complex ones, or a state that is no tensor.
+        ConfigError: The network lacks ``features`` or ``head``, has no trained parameters, one
+            without a shape yet, complex ones, or a state that is no tensor.
     """
     title = f"The network {type(network).__name__}"
     if not callable(getattr(network, "features", None)) or not hasattr(network, "head"):
@@ -33,8 +33,11 @@ def check_layers(network: nn.Module) -> None:
             "Give it both, so that forward(x) == head(features(x)).",
         )
     check_layer_sizes(network)
-    if next(network.parameters(), None) is None:
-        raise ConfigError(f"{title} has no parameters.", "Give one that can be trained.")
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise ConfigError(
+            f"{title} has no parameters that are trained.",
+            "Give one that has, with requires_grad=True.",
+        )
     for name, value in network.state_dict().items():
         if not isinstance(value, Tensor):
             raise ConfigError(

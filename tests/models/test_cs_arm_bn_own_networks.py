@@ -8,7 +8,7 @@ from torch import nn
 
 from fulgurite.domains.cs_arm_bn import PlateBatch
 from fulgurite.errors import ConfigError
-from fulgurite.models.cs_arm_bn import ARMLL, CSARMBN, TENT, PlateClassifier
+from fulgurite.models.cs_arm_bn import ARMLL, CSARMBN, TENT, LinearProbe, PlateClassifier
 
 
 class Network(nn.Module):
@@ -64,6 +64,18 @@ def test_outputs_that_are_no_logits_are_refused(network, kind):
     module = PlateClassifier(network, method=CSARMBN(), num_classes=4, in_channels=3)
     with pytest.raises(ConfigError, match=f"gives no logits of 6 images and 4 classes.*{kind}"):
         predict(module)
+
+
+def test_a_network_of_which_nothing_is_trained_is_refused():
+    network = Network(3, 4).requires_grad_(False)
+    with pytest.raises(
+        ConfigError, match="No parameter of the network Network is trained by CSARMBN"
+    ):
+        PlateClassifier(
+            network, method=CSARMBN(), num_classes=4, in_channels=3
+        ).configure_optimizers()
+    probed = PlateClassifier(network, method=LinearProbe(), num_classes=4, in_channels=3)
+    assert probed.configure_optimizers() is not None
 
 
 def test_tent_says_that_nothing_can_be_trained():

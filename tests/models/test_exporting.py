@@ -11,6 +11,7 @@ from fulgurite.errors import ConfigError
 from fulgurite.export import ExportRequest
 from fulgurite.export.command import export_run
 from fulgurite.export.formats import FORMATS, TOLERANCE
+from fulgurite.models.cs_arm_bn import ControlsOnly
 from fulgurite.predictions import read_predictions
 
 SYSTEMS = ("cs_arm_bn", "fedsir", "ice_layers", "number_probing", "stream_cqsa")
@@ -132,12 +133,27 @@ def test_plates_are_asked_for_by_name(plates, workdir):
         ("AdaBN", "AdaBN has no network.*predicted together"),
         pytest.param("TENT", "TENT has no network.*predicted together", marks=pytest.mark.slow),
         pytest.param("ARMLL", "ARMLL has no network.*predicted together", marks=pytest.mark.slow),
+        ("LinearProbe", "LinearProbe has no network.*not those of the network alone"),
     ],
 )
 def test_methods_that_need_other_images_are_refused(method, message, workdir):
     path = f"fulgurite.models.cs_arm_bn.{method}"
     with pytest.raises(ConfigError, match=message):
         hand_over("cs_arm_bn/smoke", model={"method": {"class_path": path}})
+
+
+class Softened(ControlsOnly):
+    """A method of one's own, whose logits are not those of the network."""
+
+    def logits(self, network, batch, context):
+        return super().logits(network, batch, context) / 2
+
+
+def test_methods_that_change_the_networks_logits_are_refused(workdir):
+    loaded = fulgurite.load("cs_arm_bn/smoke")
+    loaded.model.method = Softened()
+    with pytest.raises(ConfigError, match=r"Softened has no network.*of the network alone"):
+        loaded.model.eval().export_network(ExportRequest(loaded.data))
 
 
 def test_running_statistics_need_no_plate(workdir):

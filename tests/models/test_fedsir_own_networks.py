@@ -159,13 +159,20 @@ class Empty(nn.Module):
         return x
 
 
+class Frozen(Plain):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.requires_grad_(False)
+
+
 @pytest.mark.parametrize(
     ("network", "message"),
     [
         (Complex, "complex numbers in filter"),
         (ExtraState, "keeps _extra_state, a dict"),
         (Lazy, r"LazyLinear \(body.1\)"),
-        (Empty, "no parameters"),
+        (Empty, "no parameters that are trained"),
+        (Frozen, "no parameters that are trained"),
         (nn.Bilinear, "no `features` method"),
     ],
 )

@@ -47,10 +47,14 @@ class Method(nn.Module):
     @property
     def is_ordinary(self) -> bool:
         """Whether prediction is the network alone, with running statistics."""
+        return self.test_source == "source" and self.predicts_by_network_alone
+
+    @property
+    def predicts_by_network_alone(self) -> bool:
+        """Whether logits are those of the network, whose images the method does not change."""
+        cls = type(self)
         return (
-            self.test_source == "source"
-            and not self.extra_channels
-            and type(self).logits is Method.logits
+            not self.extra_channels and cls.logits is Method.logits and cls.images is Method.images
         )
 
     def build(self, network: nn.Module, in_channels: int, num_classes: int) -> None:
