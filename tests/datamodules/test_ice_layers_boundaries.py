@@ -421,6 +421,20 @@ def test_traces_of_two_solutions_of_navigation_are_one(tmp_path):
     np.testing.assert_allclose(stack.thickness, np.tile(THICKNESS, (60, 1)), atol=1e-4)
 
 
+def test_traces_without_time_do_not_keep_files_from_being_joined(tmp_path):
+    time, pos, picks = make_track(traces=60)
+    moved = pos + np.array([3e-6, 0.0])
+    untimed = time.copy()
+    untimed[[50, 53]] = np.nan
+    first = picks.copy()
+    first[35:40, 2] = np.nan
+    write_picks(tmp_path, (time[:40], pos[:40], first[:40]), (untimed[20:], moved[20:], picks[20:]))
+    flights = load(tmp_path, traces=60)
+    (stack,) = flights.stacks
+    assert count_excluded(flights) == {"position": 2, "repeated": 20, "hole": 2}
+    assert np.flatnonzero(~stack.observed.all(1)).tolist() == [50, 53]
+
+
 # --- positions ------------------------------------------------------------------------------------
 
 

@@ -104,6 +104,20 @@ def test_picks_stay_and_what_is_filled_is_read_back(tmp_path):
     )
 
 
+def test_frames_of_one_trace_or_one_boundary_keep_the_types_of_their_picks(tmp_path):
+    recorded = flight()
+    for number, rows in ((1, slice(0, 33)), (2, slice(33, 34)), (3, slice(34, 60))):
+        write_frame(tmp_path / "in", number, recorded, rows)
+    surface = recorded | {"twtt": recorded["twtt"][:1]}
+    write_frame(tmp_path / "in", 3, surface, slice(34, 60))
+    completed(reader(tmp_path / "in"), recorded, tmp_path / "out")
+    for number, columns in ((2, slice(None)), (3, slice(0, 1))):
+        old, new = (picks(tmp_path / where, number) for where in ("in", "out"))
+        had = np.isfinite(old.twtt)
+        assert had.any()
+        np.testing.assert_array_equal(new.kinds[:, columns][had], 1)  # manual
+
+
 def test_absent_boundaries_get_numbers_and_the_companion_names_them(tmp_path):
     recorded = flight()
     some = with_gaps(recorded)

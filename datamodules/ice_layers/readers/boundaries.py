@@ -302,8 +302,9 @@ def _join_overlaps(
     is_first = []
     for number, time in enumerate(times):
         keep = np.ones(len(time), np.bool_)
-        if len(np.unique(time)) == len(time):
-            for trace, moment in enumerate(time.tolist()):
+        timed = np.flatnonzero(np.isfinite(time))  # traces without a time are left out later
+        if len(np.unique(time[timed])) == len(timed):
+            for trace, moment in zip(timed.tolist(), time[timed].tolist(), strict=True):
                 file, row = sources.setdefault(moment, (number, trace))
                 if file == number:
                     continue
