@@ -141,6 +141,16 @@ def test_sums_between_dates_at_projected_points(tmp_path, name, daily):
     assert not found.flag.any()
 
 
+def test_days_that_no_file_has_are_as_the_others_of_their_layer(tmp_path, log):
+    write(tmp_path, daily=True)
+    whole = sample(tmp_path)
+    assert not log.text
+    end = float(np.datetime64("2013-01-01", "D").astype(int))
+    found = sample(tmp_path, edges=end + 12 - np.arange(3) * YEAR)  # 12 days are missing
+    np.testing.assert_allclose(found.physics, whole.physics, rtol=1e-6)
+    assert "lack some days of layers of 1 of 1 flights" in log.text
+
+
 @pytest.mark.parametrize("native", [False, True])
 def test_antarctica_is_in_its_own_projection(tmp_path, native):
     write(tmp_path, name="epsg3031", native=native)

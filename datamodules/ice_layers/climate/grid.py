@@ -5,7 +5,8 @@ Shapes: M points, L layers (newest first), T time steps, C grid cells, H W rows 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,11 @@ __all__ = [
     "Weights",
     "decode_projection",
     "interval_weights",
+    "measure_covers",
     "step_edges",
 ]
+
+log = logging.getLogger(__name__)
 
 #: Projections, with coordinates in metres: MAR's own over Greenland, and the polar stereographic
 #: ones of the north and the south. Source: docs/papers/ice_layers.md section 3.3; the south is
@@ -37,6 +41,9 @@ PROJECTIONS = {
 
 # What single precision leaves of a time's seconds [days]: midnight may be some minutes before
 _ROUNDING = 1 / 96
+# Least part of a layer's years that files must cover; more than so little is missing of whole years
+# not by the rounding of steps alone (inferred)
+_LEAST_COVER, _ROUNDED_COVER = 0.95, 0.004
 # Barycentric weights below it are none: on an edge of a triangle, whichever of the two it is
 _EDGE = 1e-9
 # Cells of which more quadrilaterals are folded than this fraction are in no rows and columns
@@ -146,6 +153,52 @@ def interval_weights(steps: Array, edges: Array) -> Array:
     overlap = np.minimum(end, edges[:-1, None]) - np.maximum(start, edges[1:, None])
     fractions: Array = np.clip(overlap, 0.0, None) / (end - start)
     return fractions
+
+
+def measure_covers(steps: Array, edges: Sequence[Array], fractions: Sequence[Array]) -> list[Array]:
+    """Measure the part of each layer's years that time steps cover, for each flight.
+
+    A warning tells of flights that have layers of which some days are not covered.
+
+    Args:
+        steps: Start and end of each step [days since 1970]. Shape: (T, 2).
+        edges: Dates of each flight's boundaries, newest first. Shape of each: (L + 1,).
+        fractions: What :func:`interval_weights` gives for each flight. Shape of each: (L, T).
+
+    Returns:
+        1 where all is covered but for the rounding of steps. Shape of each: (L,).
+
+    Raises:
+        DataError: It is less than 95 %.
+
+    Source: inferred.
+
+    Example:
+        >>> steps, edges = np.array([[0.0, 100], [100, 200]]), np.array([204.0, 100, 0])
+        >>> measure_covers(steps, [edges], [interval_weights(steps, edges)])[0].round(3)
+        array([0.962, 1.   ])
+    """
+    length = steps[:, 1] - steps[:, 0]
+    covers: list[Array] = []
+    for its_edges, its_fractions in zip(edges, fractions, strict=True):
+        cover = (its_fractions * length).sum(1) / -np.diff(its_edges)
+        if (cover < _LEAST_COVER).any():
+            layer = int((cover < _LEAST_COVER).argmax())
+            newer, older = (np.datetime64(int(day), "D") for day in its_edges[layer : layer + 2])
+            raise DataError(
+                f"The climate files do not cover layer {layer + 1}, {older} to {newer} "
+                f"(only {100 * cover[layer]:.0f} %).",
+                f"Add the years to `{_OPTION}.files`, or use fewer layers "
+                "(`--data.init_args.source.init_args.count`; `layers` of generated flights).",
+            )
+        covers.append(np.where(cover < 1 - _ROUNDED_COVER, cover, 1.0))
+    if partial := sum(bool((cover < 1).any()) for cover in covers):
+        log.warning(
+            "The climate files lack some days of layers of %d of %d flights: these are taken to be "
+            "as the rest of the layer's years.",
+            *(partial, len(covers)),
+        )
+    return covers
 
 
 @dataclass(frozen=True)

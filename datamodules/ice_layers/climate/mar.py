@@ -40,6 +40,7 @@ from fulgurite.datamodules.ice_layers.climate.grid import (
     Weights,
     decode_projection,
     interval_weights,
+    measure_covers,
 )
 from fulgurite.datamodules.ice_layers.stack import Array
 from fulgurite.errors import ConfigError, DataError
@@ -209,7 +210,8 @@ class MarClimate:
             )
         located = grid.locate(points)
         layer_fractions = [interval_weights(steps, request.edges) for request in requests]
-        self._check_cover(requests, layer_fractions, steps)
+        every_edges = [request.edges for request in requests]
+        covers = measure_covers(steps, every_edges, layer_fractions)
         parts, first = [], 0
         for request in requests:
             part = slice(first, first := first + len(request.pos))
@@ -226,8 +228,8 @@ class MarClimate:
             ice=grid.ice,
         )
         samples = []
-        for request, values, (_, local) in zip(requests, sums, parts, strict=True):
-            years = -np.diff(request.edges) / _YEAR
+        for request, cover, values, (_, local) in zip(requests, covers, sums, parts, strict=True):
+            years = -np.diff(request.edges) / _YEAR * cover
             physics = local(derive_fields(self.variables, names, values, years))
             samples.append(Sample(physics, local.flag, local.away))
         check_field_units([sample.physics for sample in samples], self.variables, names)
@@ -359,24 +361,6 @@ class MarClimate:
             file.check_axes(variable)
             rows.append(file.read(variable, first=True).reshape(-1, shape[0] * shape[1])[0])
         return np.stack(rows)
-
-    def _check_cover(
-        self, requests: Sequence[ClimateRequest], layer_fractions: Sequence[Array], steps: Array
-    ) -> None:
-        length = steps[:, 1] - steps[:, 0]
-        for request, fractions in zip(requests, layer_fractions, strict=True):
-            covered = (fractions * length).sum(1) / -np.diff(request.edges)
-            if (covered < 0.95).any():
-                layer = int((covered < 0.95).argmax())
-                newer, older = (
-                    np.datetime64(int(day), "D") for day in request.edges[layer : layer + 2]
-                )
-                raise DataError(
-                    f"The climate files do not cover layer {layer + 1}, {older} to {newer} "
-                    f"(only {100 * covered[layer]:.0f} %).",
-                    f"Add the years to `{_OPTION}.files`, or use fewer layers "
-                    "(`--data.init_args.source.init_args.count`; `layers` of generated flights).",
-                )
 
     def _accumulate(
         self,
