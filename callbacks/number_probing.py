@@ -149,6 +149,7 @@ class ModularProbe(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Probe the model as it starts, unless it is resumed from a probed step."""
+        self._warn_of_absent_numbers(trainer)
         self._probe(trainer, pl_module, self._batches(trainer))
 
     def on_train_batch_end(  # noqa: PLR0917 (Lightning's hook)
@@ -293,6 +294,26 @@ class ModularProbe(Callback):
                 "Name them: ModularProbe.numbers=0:1000.",
             )
         return sorted(number_ids)
+
+    def _warn_of_absent_numbers(self, trainer: Trainer) -> None:
+        """Warn of numbers that no text has, whose embeddings stay as they begin."""
+        data = getattr(trainer, "datamodule", None)
+        number_ids, counts = getattr(data, "number_ids", None), getattr(data, "token_counts", None)
+        if (
+            not number_ids
+            or counts is None
+            or self.rows.tokenizer
+            or self.rows.first_row is not None
+        ):
+            return  # or the data do not say which token is which number
+        numbers = [n for n in self._numbers(number_ids) if n in number_ids]
+        absent = [n for n in numbers if not counts[number_ids[n]]]
+        if absent:
+            rank_zero_warn(
+                f"ModularProbe: {len(absent)} of the {len(numbers)} numbers never occur in the "
+                f"text, so that their embeddings are not learned: {describe_numbers(absent)}. "
+                "Leave them out of ModularProbe.numbers."
+            )
 
     @staticmethod
     def _weight(pl_module: LightningModule, path: str) -> Tensor:

@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import numpy.typing as npt
@@ -35,6 +36,7 @@ _WORD_OR_DIGIT = re.compile(r"\d|[^\W\d_]+|[^\w\s]|_")
 _HINT = "Give a tokenizer.json in `--data.init_args.tokenizer.name`, or `words`, or `digits`."
 _MOST_UNUSED = 1 << 20  # numbers without a token
 _LONGEST = 100  # characters that a rule of a tokenizer may put for one
+_FORMS = ("{}", " {}", "a {}", "({})", "a{}")  # in which a number may have another token
 _UNKNOWN, _END, _LONG = "<unknown>", "<end>", "<number>"
 
 
@@ -192,7 +194,8 @@ class DigitTokenizer(WordTokenizer):
 class FileTokenizer:
     """A ``tokenizer.json`` of the package ``tokenizers``, such as Llama 3's.
 
-    A number may have two tokens, alone and after a space; both count as number tokens.
+    A number may have two tokens, alone and after a space; both count as number tokens. Those that
+    the tokenizer gives for no text of the number, as where it splits digits, do not.
 
     Args:
         path: The file, or the folder that holds it; absolute, or relative to ``FULGURITE_DATA``.
@@ -224,9 +227,20 @@ class FileTokenizer:
         self.vocab_size = max(size, largest + 1)
         self.key = f"file-1-{hashlib.sha256(content).hexdigest()}"
         parsed = ((token, number_of(text)) for text, token in vocabulary.items())
-        self.numbers = {token: n for token, n in parsed if n is not None}
+        numbers = {token: n for token, n in parsed if n is not None}
+        # where digits are split, tokens of several digits never occur, and are never trained
+        self.numbers = {token: n for token, n in numbers.items() if self._gives(token, n)}
         ends = ("<|end_of_text|>", "<|endoftext|>", "</s>", "[SEP]")
         self.end = next((vocabulary[name] for name in ends if name in vocabulary), None)
+
+    def _gives(self, token: int, number: int) -> bool:
+        """Whether any text of a number has a token."""
+        for form in _FORMS:
+            with suppress(Exception):  # some tokenizers have nothing for what they do not know
+                encoding = self._tokenizer.encode(form.format(number), add_special_tokens=False)
+                if token in encoding.ids:
+                    return True
+        return False
 
     def learn(self, documents: Iterable[str]) -> None:
         """Do nothing: the file has the vocabulary."""

@@ -100,6 +100,14 @@ def test_training_is_bit_for_bit_the_same(tmp_path):
     assert torch.equal(states[0][1], states[1][1])
 
 
+def test_numbers_that_no_text_has_are_warned_of(tmp_path):
+    data = Numbers()
+    data.token_counts = torch.ones(SIZE + 2, dtype=torch.int64)
+    data.token_counts[[5, 9]] = 0  # of the numbers 3 and 7
+    with pytest.warns(UserWarning, match=r"2 of the 60 numbers never occur in the text.*: 3, 7\."):
+        fit(tmp_path, make_probe(), data=data, epochs=1)
+
+
 def test_a_weight_that_counts_its_looks_is_not_changed(tmp_path):
     states = []
     for name, callbacks in (("without", []), ("with", [make_probe(every_n_steps=1)])):

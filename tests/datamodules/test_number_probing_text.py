@@ -139,17 +139,17 @@ def test_tokenizers_of_numbers_and_of_digits_see_the_same_words(corpus):
 @pytest.fixture
 def tokenizer_file(workdir):
     tokenizers = pytest.importorskip("tokenizers")
-    words = ["<unk>", "</s>", "word", *map(str, range(10)), *(f"Ġ{n}" for n in range(5, 12))]
+    words = ["<unk>", "</s>", "word", *map(str, range(10)), *(f"▁{n}" for n in range(5, 12))]
     model = tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>")
     tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="never")
     tokenizer.save("tokenizer.json")
     return workdir / "tokenizer.json"
 
 
 def test_a_tokenizer_file(tokenizer_file):
     tokenizer = FileTokenizer(str(tokenizer_file))
-    assert tokenizer.encode(["word 7 other Ġ11"]) == [[2, 10, 0, 19]]
+    assert tokenizer.encode(["word 7 other 11"]) == [[2, 15, 0, 19]]
     assert (tokenizer.end, tokenizer.vocab_size) == (1, 20)
     assert tokenizer.numbers[10] == tokenizer.numbers[15] == 7
     counts = np.ones(20, int)
@@ -162,6 +162,18 @@ def test_a_tokenizer_file(tokenizer_file):
     tokenizer.numbers = {token: n for token, n in tokenizer.numbers.items() if not 6 <= token < 13}
     counts[:13] = 100
     assert number_tokens(tokenizer, counts) == {n: n + 8 for n in range(6, 12)}
+
+
+def test_numbers_that_a_tokenizer_file_never_gives_are_no_numbers_of_the_data(workdir):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {str(n): n for n in range(30)} | {"<unk>": 30}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save("whole.json")
+    assert FileTokenizer("whole.json").numbers == {n: n for n in range(30)}
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.save("split.json")
+    assert FileTokenizer("split.json").numbers == {n: n for n in range(10)}
 
 
 def test_a_tokenizer_file_makes_the_data(corpus, tokenizer_file):
