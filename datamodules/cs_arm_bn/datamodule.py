@@ -354,7 +354,10 @@ class PlateDataModule(PlateLoaders):
                     f"{name_some(state_dict[name])}, these data have {name_some(mine)}.",
                     "Give data with the same ones in the same order.",
                 )
+        measured = self._statistics
         self._statistics = state_dict["mean"], state_dict["std"]
+        if measured is not None and self.trainer is not None and self.trainer.training:
+            _warn_of_other_data(measured, self._statistics)
         self._standardisation = {}
         if "image_size" in state_dict:
             height, width = state_dict["image_size"]
@@ -379,3 +382,13 @@ class PlateDataModule(PlateLoaders):
             self.images if self._ready else None, self.pixels, self._statistics,
             plate=plate, full_scale=self._trained_size[1],
         )  # fmt: skip
+
+
+def _warn_of_other_data(measured: tuple[Tensor, Tensor], trained: tuple[Tensor, Tensor]) -> None:
+    """Warn where a training goes on with other images than those of its checkpoint."""
+    pairs = zip(measured, trained, strict=True)
+    if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-6 * float(b.abs().max())) for a, b in pairs):
+        rank_zero_warn(
+            "The training images have another mean or standard deviation than those of the "
+            "checkpoint, by which they are standardised: the training goes on with other data."
+        )

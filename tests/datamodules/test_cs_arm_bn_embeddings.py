@@ -1,5 +1,7 @@
 """Embeddings of elsewhere in place of images: matched by name, or refused by name."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -103,6 +105,21 @@ def test_numbers_that_never_vary_in_training_stay_harmless(tmp_path, keys, value
     queries, std = values[data.assignment.train], data.state_dict()["std"].numpy()
     np.testing.assert_allclose(std[1:], queries[:, 1:].std(0, dtype=np.float64), rtol=1e-5)
     assert std[0] == 1  # as scikit-learn scales it: a plate where it does vary is not blown up
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_training_that_goes_on_with_other_data_says_so(tmp_path, keys, values, training, recwarn):
+    data = make_data(write(tmp_path, keys, values))
+    data.setup()
+    state = data.state_dict()
+    data.trainer = SimpleNamespace(training=training)
+    data.load_state_dict(state)
+    assert not recwarn
+    other = make_data(write(tmp_path, keys, 2 * values), pixels={"cache": False})
+    other.setup()
+    other.trainer = SimpleNamespace(training=training)  # a test on other plates is no mistake
+    other.load_state_dict(state)
+    assert ["goes on with other data" in str(w.message) for w in recwarn] == [True] * training
 
 
 def test_sites_without_an_embedding_are_named_or_left_out(tmp_path, keys, values):
