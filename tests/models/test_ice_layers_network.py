@@ -488,6 +488,25 @@ def test_what_is_held_out_is_fixed_for_each_stack():
     assert not torch.equal(held_out(observed, Track.of(sizes), names, seed=1), hidden)
 
 
+@pytest.mark.parametrize(("traces", "layers"), [(2, 1), (3, 2), (40, 1), (200, 6)])
+def test_stacks_of_few_layers_hold_something_out(traces, layers):
+    names = torch.arange(50)
+    picked = torch.ones(traces, layers, dtype=torch.bool)
+    picked[traces // 2 :, -1] = False
+    for k in range(50):
+        hidden = held_out(picked, Track.of([traces]), names[k : k + 1])
+        assert hidden.any()
+        assert not (hidden & ~picked).any()
+
+
+def test_a_stack_holds_out_a_pick_beside_an_observed_layer():
+    """A boundary without neighbours has no observed layer beside it: hiding it asks for nothing."""
+    picked = torch.zeros(40, 6, dtype=torch.bool)
+    picked[:, [0, 3]] = True  # the first layer alone is observed
+    for name in torch.arange(50):
+        assert held_out(picked, Track.of([40]), name[None])[:, 0].any()
+
+
 @pytest.mark.parametrize("options", [{"layer": 1.5}, {"donor": -1}, {"shortest": 0.9}])
 def test_wrong_hiding_is_refused(options):
     with pytest.raises(ConfigError):

@@ -111,7 +111,8 @@ def held_out(picked: Tensor, track: Track, names: Tensor, seed: int = 0) -> Tens
     """A fixed part of the picks, 10 to 20 %, to score a method on the layers beside them.
 
     It depends on the stack's number only, not on its batch, so that every epoch, method and number
-    of ranks holds out the same.
+    of ranks holds out the same. A stack of few layers, of which none is drawn, holds out a quarter
+    of the picks of one: without any there would be nothing to score.
 
     Args:
         picked: Whether the lower boundary of each layer is picked. Shape: (N, L), bool.
@@ -132,5 +133,27 @@ def held_out(picked: Tensor, track: Track, names: Tensor, seed: int = 0) -> Tens
     parts = []
     for rows, name in zip(torch.split(picked, track.sizes), names.tolist(), strict=True):
         generator = torch.Generator().manual_seed(1_000_003 * (seed + 1) + int(name))
-        parts.append(_CHECK(rows, Track.of([len(rows)], rows.device), generator))
+        drawn = _CHECK(rows, Track.of([len(rows)], rows.device), generator)
+        parts.append(_hold_out_any(drawn, rows))
     return torch.cat(parts)
+
+
+def _hold_out_any(drawn: Tensor, picked: Tensor) -> Tensor:
+    """What was drawn of a stack, or a quarter of a boundary's picks if no observed layer is beside.
+
+    It is taken of the layer that is observed most, without asking a device.
+
+    Args:
+        drawn: Picks that were drawn. Shape: (N, L), bool.
+        picked: All picks. Shape: (N, L), bool.
+
+    Shape: to (N, L), bool.
+    """
+    # the surface above the first layer is taken to be picked
+    observed = picked & torch.cat([torch.ones_like(picked[:, :1]), picked[:, :-1]], 1)
+    below = torch.cat([observed[:, 1:], torch.zeros_like(picked[:, :1])], 1)
+    count = observed.sum(0)
+    position = (observed.cumsum(0) - 0.5) / count.clamp_min(1)
+    quarter = observed & ((position - 0.5).abs() <= torch.clamp(0.5 / count.clamp_min(1), 0.125))
+    most = torch.arange(picked.shape[1], device=picked.device) == count.argmax()
+    return torch.where((drawn & (observed | below)).any(), drawn, quarter & most)
