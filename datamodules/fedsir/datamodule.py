@@ -297,6 +297,8 @@ class FederatedDataModule(L.LightningDataModule):
             (sizes.double() * self.evaluation_options.val_fraction).round().long(),
             make_generator(self.seed, _SPLIT),
         )
+        if self.evaluation_options.val_fraction:
+            self._warn_of_classes_without_validation(sizes, labels[val_rows])
         is_train = torch.ones(len(labels), dtype=torch.bool)
         is_train[val_rows] = False
         rows = is_train.nonzero()[:, 0]
@@ -318,6 +320,17 @@ class FederatedDataModule(L.LightningDataModule):
             )
         self._val = ImageBatches(arrays.train_images, labels[val_rows], val_rows, self.plain_batch)
         self._test = ImageBatches(arrays.test_images, arrays.test_labels, None, self.plain_batch)
+
+    @staticmethod
+    def _warn_of_classes_without_validation(sizes: Tensor, val_labels: Tensor) -> None:
+        validated = torch.bincount(val_labels, minlength=len(sizes)) > 0
+        if missing := int(((sizes > 0) & ~validated).sum()):
+            log.warning(
+                "%d of %d classes have no validation image, since `val_fraction` of theirs rounds "
+                "to none: raise --data.init_args.evaluation.val_fraction.",
+                missing,
+                int((sizes > 0).sum()),
+            )
 
     def _copy_originals(self, images: Tensor, samples: Samples) -> tuple[Tensor, Samples]:
         """Make the copies of the source, with the sample of which each is a copy."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fulgurite.datamodules.fedsir.samples import Samples
-from fulgurite.datamodules.fedsir.selection import choose_per_class
-from fulgurite.errors import ConfigError
+from fulgurite.datamodules.fedsir.selection import choose_per_class, is_integer_vector
+from fulgurite.errors import ConfigError, DataError
 
 __all__ = [
     "CIFAR10_MAP",
@@ -73,6 +73,7 @@ class LabelNoise(ABC):
 
         Raises:
             ConfigError: The rate is outside [0, 1].
+            DataError: A noise of one's own gave something else than labels.
         """
         if not 0 <= rate <= 1:
             raise ConfigError(
@@ -83,7 +84,13 @@ class LabelNoise(ABC):
             raise ConfigError("Labels of one class cannot be wrong.", "Set the noise to `null`.")
         if isinstance(samples, Tensor):
             samples = Samples.of(samples)
-        return self.corrupt(samples, rate, num_classes, generator, images=images)
+        labels = self.corrupt(samples, rate, num_classes, generator, images=images)
+        if not is_integer_vector(labels, len(samples)):
+            raise DataError(
+                f"{type(self).__name__} gave no label for each of {len(samples)} samples.",
+                "Correct its `corrupt` method: it returns an int64 tensor of labels.",
+            )
+        return labels.to(torch.int64)
 
     @abstractmethod
     def corrupt(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fulgurite.datamodules.fedsir.noise import LabelNoise
+from fulgurite.datamodules.fedsir.noise import AsymmetricMap, LabelNoise
 from fulgurite.datamodules.fedsir.samples import Samples
 from fulgurite.errors import ConfigError
 from fulgurite.options import check_arguments
@@ -262,4 +262,24 @@ class NoisyClients(ClientSelection):
             labels[parts[k]] = self.noise(
                 samples.take(parts[k]), float(rates[k]), num_classes, generator, images=pixels
             )
+        self._warn_of_rounding(labels != samples.labels, parts, rates)
         return Corruption(labels, noisy, rates)
+
+    def _warn_of_rounding(self, wrong: Tensor, parts: list[Tensor], rates: Tensor) -> None:
+        """Warn where clients have so few samples of a class that rounding changes the rate."""
+        if isinstance(self.noise, AsymmetricMap):  # some of its classes have no noise
+            return
+        noisy = [k for k in range(len(parts)) if rates[k] > 0]
+        size = sum(len(parts[k]) for k in noisy)
+        if not size:
+            return
+        asked = sum(float(rates[k]) * len(parts[k]) for k in noisy) / size
+        given = sum(int(wrong[parts[k]].sum()) for k in noisy) / size
+        if abs(given - asked) > 0.005 + 0.05 * asked:
+            log.warning(
+                "%.1f %% of the labels of noisy clients are wrong, and %.1f %% were asked for: "
+                "each class of a client has a rounded number of wrong labels, which is another "
+                "share where it has few samples. Take fewer clients or more samples.",
+                100 * given,
+                100 * asked,
+            )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fulgurite.datamodules.fedsir.samples import Samples
+from fulgurite.datamodules.fedsir.selection import is_integer_vector
 from fulgurite.errors import ConfigError, DataError
 
 __all__ = ["Dirichlet", "Grouped", "Iid", "Natural", "Partition", "Shards", "check_partition"]
@@ -52,10 +53,11 @@ class Partition(ABC):
                 "Lower `--data.init_args.clients` or use more data.",
             )
         owner = self.assign(samples, clients, num_classes, generator)
-        if owner.shape != (len(samples),) or owner.min() < 0 or owner.max() >= clients:
+        if not is_integer_vector(owner, len(samples)) or owner.min() < 0 or owner.max() >= clients:
             raise DataError(
                 f"The partition named clients outside 0 to {clients - 1}, or not one per sample.",
-                "Correct the `assign` method of `--data.init_args.partition`.",
+                "Correct the `assign` method of `--data.init_args.partition`: it returns an int64 "
+                "tensor of clients.",
             )
         sizes = torch.bincount(owner, minlength=clients).tolist()
         parts = list(torch.split(owner.argsort(stable=True), sizes))

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from fulgurite.errors import DataError
 
-__all__ = ["check_labels", "choose_per_class", "class_quota", "make_generator"]
+__all__ = [
+    "check_labels",
+    "choose_per_class",
+    "class_quota",
+    "is_integer_vector",
+    "make_generator",
+]
 
 
 def make_generator(seed: int, stream: int = 0) -> torch.Generator:
@@ -23,6 +29,21 @@ def make_generator(seed: int, stream: int = 0) -> torch.Generator:
     """
     state = np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) >> 1)
+
+
+def is_integer_vector(values: object, size: int) -> bool:
+    """Tell whether what a plug-in returned is a tensor of one whole number for each sample.
+
+    Example:
+        >>> is_integer_vector(torch.tensor([1, 0]), 2), is_integer_vector(torch.zeros(2), 2)
+        (True, False)
+    """
+    return (
+        isinstance(values, Tensor)
+        and values.shape == (size,)
+        and values.dtype != torch.bool
+        and not (values.is_floating_point() or values.is_complex())
+    )
 
 
 def check_labels(labels: Tensor, num_classes: int, name: str) -> Tensor:

@@ -292,6 +292,23 @@ def test_a_channel_that_is_the_same_everywhere_stays_harmless_where_it_is_not(tm
     assert 0 < data.plain_batch(images)[:, 2].abs().max() < 1
 
 
+def test_classes_without_a_validation_image_are_counted(tmp_path, log):
+    labels = np.array([0] * 40 + [1] * 3 + [2] * 4)
+    images = np.random.default_rng(0).integers(0, 256, (47, 4, 4), dtype=np.uint8)
+    np.savez(
+        tmp_path / "a.npz",
+        **{f"{part}_images": images for part in ("train", "test")},
+        **{f"{part}_labels": labels for part in ("train", "test")},
+    )
+    for fraction, says in ((0.1, True), (0.3, False), (0.0, False)):
+        log.clear()
+        evaluation = FederatedEvaluationOptions(fraction)
+        build(
+            source=Npz(str(tmp_path / "a.npz")), clients=2, noise=None, evaluation=evaluation
+        ).setup()
+        assert ("2 of 3 classes have no validation image" in log.text) == says
+
+
 def test_memory_mapped_images(tmp_path, cache):
     path = write_image_files(tmp_path / "i.zip", per_class=20)
     data = build(

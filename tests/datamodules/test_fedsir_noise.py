@@ -14,10 +14,10 @@ from fulgurite.datamodules.fedsir import (
     Pair,
     Symmetric,
 )
-from fulgurite.datamodules.fedsir.noise import CIFAR10_MAP
+from fulgurite.datamodules.fedsir.noise import CIFAR10_MAP, LabelNoise
 from fulgurite.datamodules.fedsir.noisy_clients import clean_cover_clients
 from fulgurite.datamodules.fedsir.selection import make_generator
-from fulgurite.errors import ConfigError
+from fulgurite.errors import ConfigError, DataError
 
 CIFAR_LABELS = torch.arange(50_000) % 10
 
@@ -187,9 +187,35 @@ def test_an_unreachable_cover_warns_and_a_fraction_reaches(log):
     assert int(done.noisy.sum()) == 9
     log.clear()
     done = NoisyClients(Symmetric(), 0.5, clean_cover=0.09)(labels, parts, 100, make_generator(0))
-    assert not log.text
+    assert "of 100 classes" not in log.text
     counts = torch.stack([torch.bincount(labels[part], minlength=100) for part in parts])
     assert (counts[~done.noisy] >= 5).any(0).all()
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_a_rate_that_rounding_changes_is_warned_of(rate, log):
+    """As with CIFAR-100 at 100 clients, of each class of which a client has five samples."""
+    labels = torch.arange(1_000) % 100
+    parts = list(torch.arange(1_000).split(500))
+    noisy = NoisyClients(Symmetric(), rate, fraction=1.0, clean_cover=None)
+    done = noisy(labels, parts, 100, make_generator(0))
+    share = float((done.labels != labels).double().mean())
+    assert share == round(5 * rate) / 5 != rate
+    assert f"{100 * share:.1f} % of the labels" in log.text
+    assert f"{100 * rate:.1f} % were asked for" in log.text
+    log.clear()
+    noisy(torch.arange(1_000) % 10, parts, 10, make_generator(0))  # 50 of each class
+    assert not log.text
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(9), torch.zeros(8, dtype=torch.int64), [0] * 9])
+def test_a_noise_of_ones_own_that_gives_no_labels_is_refused(labels):
+    class Own(LabelNoise):
+        def corrupt(self, samples, rate, num_classes, generator, *, images):
+            return labels
+
+    with pytest.raises(DataError, match=r"Own gave no label for each of 9 samples"):
+        Own()(torch.arange(9) % 3, 0.5, 3, make_generator(0))
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 10])

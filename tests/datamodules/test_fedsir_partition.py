@@ -102,6 +102,16 @@ def test_a_plugin_that_names_a_client_that_is_not_there_is_refused():
         Wrong()(LABELS, 4, 10, make_generator(0))
 
 
+@pytest.mark.parametrize("convert", [torch.Tensor.float, torch.Tensor.numpy, torch.Tensor.tolist])
+def test_a_plugin_that_gives_no_tensor_of_clients_is_refused(convert):
+    class Wrong(Partition):
+        def assign(self, labels, clients, num_classes, generator):
+            return convert(torch.arange(len(labels)) % clients)
+
+    with pytest.raises(DataError, match=r"returns an int64 tensor"):
+        Wrong()(LABELS, 4, 10, make_generator(0))
+
+
 @pytest.mark.parametrize(
     ("make", "name"),
     [
