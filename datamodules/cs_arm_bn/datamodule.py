@@ -233,6 +233,7 @@ class PlateDataModule(PlateLoaders):
         #: Rows of queries for training, validation and each test.
         assignment = Assignment() if self.predicts_input else self.split.assign(self.table)
         self.assignment: Assignment = check_assignment(self.table, assignment)
+        _warn_of_untrained_classes(self.table, self.assignment)
         self._check_image_sizes()
         if self.predicts_input:
             self._check_trained_size()
@@ -391,4 +392,24 @@ def _warn_of_other_data(measured: tuple[Tensor, Tensor], trained: tuple[Tensor, 
         rank_zero_warn(
             "The training images have another mean or standard deviation than those of the "
             "checkpoint, by which they are standardised: the training goes on with other data."
+        )
+
+
+def _warn_of_untrained_classes(table: PlateTable, assignment: Assignment) -> None:
+    """Warn of classes that are scored in a test or validation, and that no training query has."""
+    trained = np.unique(table.label[assignment.train])
+    if not len(trained):
+        return
+    untrained: set[int] = set()
+    affected = []
+    for name, rows in {"validation": assignment.val, **assignment.tests}.items():
+        unseen = ~np.isin(table.label[rows], trained)
+        if unseen.any():
+            untrained.update(table.label[rows][unseen].tolist())
+            affected.append(f"{name} ({int(unseen.sum())} of {len(rows)} queries)")
+    if untrained:
+        named = name_some([repr(table.class_names[c]) for c in sorted(untrained)])
+        rank_zero_warn(
+            f"{len(untrained)} classes have no query for training, and count as wrong in "
+            f"{', '.join(affected)}: {named}. Choose another split, or leave them out of the table."
         )

@@ -122,6 +122,30 @@ def test_a_training_that_goes_on_with_other_data_says_so(tmp_path, keys, values,
     assert ["goes on with other data" in str(w.message) for w in recwarn] == [True] * training
 
 
+class TableOfBatches(Table):
+    """Each batch has a class of its own, beside a common one."""
+
+    class_names = ("a", "b0", "b1", "b2")
+
+    def load(self):
+        frame = super().load().frame
+        batch = frame["batch"].str[1:].astype(int)
+        frame["label"] = frame["label"].where(frame["label"] <= 0, batch + 1)
+        return PlateTable(frame, self.class_names, self.channels)
+
+
+def test_classes_that_no_training_query_has_are_said(tmp_path, keys, values):
+    source = EmbeddedPlates(TableOfBatches(), str(write(tmp_path, keys, values)))
+    split = HoldOut(new_batches=["b2"], val_batches=["b0"], in_domain=0)
+    data = PlateDataModule(source, split, episodes={"queries": 4, "controls": 3})
+    with pytest.warns(
+        UserWarning,
+        match=r"2 classes have no query for training.*validation \(4 of 8 queries\), new_batch "
+        r"\(4 of 8 queries\): 'b0', 'b2'\.",
+    ):
+        data.setup()
+
+
 def test_sites_without_an_embedding_are_named_or_left_out(tmp_path, keys, values):
     path = write(tmp_path, keys.drop(index=[9, 10]), np.delete(values, [9, 10], 0))
     with pytest.raises(DataError, match=r"2 of the 48 sites: lab.b0.p1 A02 site 1, .*A03") as error:
