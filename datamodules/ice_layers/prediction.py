@@ -6,6 +6,7 @@ Shapes: N traces, L layers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ from fulgurite.datamodules.ice_layers.readers.npz import NpzStacks
 from fulgurite.datamodules.ice_layers.readers.sred import SredMat
 from fulgurite.datamodules.ice_layers.readers.sred_options import SredFolders
 from fulgurite.datamodules.ice_layers.stack import Flights
+from fulgurite.datamodules.ice_layers.tracks.spans import find_completed_spans
 from fulgurite.domains.ice_layers.codes import Provenance
+from fulgurite.domains.ice_layers.details import FlightDetails
 from fulgurite.domains.ice_layers.netcdf import read_netcdf_arrays
+from fulgurite.domains.ice_layers.npz import DETAIL_ARRAYS, convert
 from fulgurite.errors import DataError
 from fulgurite.predictions import list_input_files
 
@@ -43,8 +47,9 @@ _KINDS = "stacks as .npz, or completed stacks as .nc"
 class InputStacks(NpzStacks):
     """Stacks in npz files or completed ones in NetCDF, of which only what was observed counts.
 
-    In completed stacks, which ``fulgurite predict`` wrote, filled entries are missing again. Of a
-    stack in both formats the npz file is read.
+    In completed stacks, which ``fulgurite predict`` wrote, filled entries are missing again, picked
+    boundaries stay where they were picked, and what is known of the flight is kept. Of a stack in
+    both formats the npz file is read.
 
     Args:
         path: A file, or a folder of files.
@@ -119,6 +124,24 @@ class InputStacks(NpzStacks):
                 f"Give stacks of {self.needed} layers, NaN where one is missing.",
             )
 
+    def _extra(self, content: dict[str, Any]) -> dict[str, Any]:
+        """Also what was measured of a completed stack, and what is known of its traces."""
+        if not {"provenance", "picked"} <= content.keys():
+            return super()._extra(content)
+        traces, layers = content["thickness"].shape
+        try:
+            known = {n: convert(n, content[n]) for n in DETAIL_ARRAYS if n in content}
+        except ValueError as error:
+            raise DataError(f"An array cannot be read: {error}.", "Write it again.") from error
+        details = FlightDetails(time_scale=str(content.get("time_scale", "")), **known)
+        details.check(str(content.get("stack", "")), traces, layers)
+        spans = find_completed_spans(
+            content["completed"], known["picked"], details.density, details.twtt
+        )
+        surface = None if details.twtt is None else details.twtt[:, 0]
+        record = replace(details, picked=None, twtt=None, surface=surface)
+        return super()._extra(content) | {"spans": spans, "record": record}
+
     @staticmethod
     def _hide_filled(path: Path, content: dict[str, Any]) -> None:
         if "provenance" not in content or "thickness" not in content:
@@ -130,6 +153,7 @@ class InputStacks(NpzStacks):
                 f"thickness {thickness.shape}.",
                 "Give both for each trace and layer.",
             )
+        content["completed"] = thickness
         content["thickness"] = np.where(provenance == Provenance.OBSERVED, thickness, np.nan)
 
 

@@ -146,6 +146,12 @@ def test_filled_entries_of_completed_stacks_are_missing_again(trained, completed
         assert np.array_equal(stack["thickness"][observed], before["thickness"][observed])
         assert np.array_equal(stack["physics"], before["physics"])
         assert np.array_equal(stack["layer_names"], before["layer_names"])
+        assert before["picked"][:, 1:][~before["observed"]].any()
+        for key in ("picked", "time", "elevation", "frame", "trace", "density"):
+            assert np.array_equal(stack[key], before[key]), key
+        # picks stay, and the network has seen the same
+        np.testing.assert_allclose(stack["thickness"], before["thickness"], rtol=1e-5)
+        np.testing.assert_allclose(stack["twtt"], before["twtt"], rtol=1e-9)
 
 
 def test_layer_files_beside_stacks_are_ambiguous(trained, completed):

@@ -10,7 +10,8 @@ from fulgurite.datamodules.ice_layers.flights import FlightTrack
 from fulgurite.datamodules.ice_layers.readers.npz import NpzStacks
 from fulgurite.datamodules.ice_layers.stack import LayerStack
 from fulgurite.datamodules.ice_layers.tracks.blocks import Blocks, assemble
-from fulgurite.datamodules.ice_layers.tracks.spans import resample_spans
+from fulgurite.datamodules.ice_layers.tracks.spans import find_completed_spans, resample_spans
+from fulgurite.datamodules.ice_layers.tracks.travel_time import LIGHT
 from fulgurite.domains.ice_layers.spans import Spans
 from fulgurite.errors import DataError
 
@@ -159,3 +160,24 @@ def test_data_of_thickness_alone_know_no_sums():
     visible_spans = spans.hide(hidden)
     assert visible_spans.observed[0].tolist() == [True, False, False, False, False]
     assert not visible_spans.between.any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(is_time=st.booleans(), **CASES)
+def test_what_was_measured_of_a_completed_stack_is_found_again(is_time, traces, layers, seed):
+    rng = np.random.default_rng(seed)
+    truth = rng.uniform(0.5, 1.5, (traces, layers))
+    picked = rng.random((traces, layers + 1)) < 0.6
+    density = rng.uniform(0.3, 0.6, truth.shape) if is_time else None
+    index = 1 + 0.845 * density if is_time else np.ones_like(truth)
+    depth = np.concatenate([np.zeros((traces, 1)), (index * truth).cumsum(1)], 1)
+    expected = Spans.of_depth(np.where(picked, depth, np.nan))
+    twtt = 3e-6 + 2 * depth / LIGHT if is_time else None
+    spans = find_completed_spans(truth, picked, density, twtt)
+    np.testing.assert_array_equal(spans.start, expected.start)
+    np.testing.assert_allclose(spans.path, expected.path, rtol=1e-6)
+    assert not spans.contradicts(np.where(spans.observed, truth, np.nan)).any()
+    if is_time:  # layers that are left missing do not hide what lies around them
+        left = np.where(spans.observed, truth, np.nan)
+        known = find_completed_spans(left, picked, density, twtt)
+        np.testing.assert_allclose(known.path, expected.path, rtol=1e-6)

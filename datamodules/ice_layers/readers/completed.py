@@ -143,7 +143,7 @@ class CompletedStacks(NpzStacks):
     def _extra(self, content: dict[str, Any]) -> dict[str, Any]:
         missing = np.isnan(content["thickness"])
         provenance = np.where(missing, Provenance.LEFT_MISSING, content["provenance"])
-        return {
+        return super()._extra(content) | {
             "provenance": provenance.astype(np.uint8),
             "trained_segments": read_texts(content, "trained_segments"),
         }

@@ -237,7 +237,6 @@ class NpzStacks(StackSource):
                 distance,
                 content.get("truth"),
                 unit=_read_text(content, "unit", METRES),
-                spans=Spans.of_depth(content["boundary"]) if "boundary" in content else None,
                 labels=_read_labels(content, thickness.shape[1]),
                 **self._extra(content),
             )
@@ -246,7 +245,7 @@ class NpzStacks(StackSource):
 
     def _extra(self, content: dict[str, Any]) -> dict[str, Any]:
         """Further fields of a stack."""
-        return {}
+        return {"spans": Spans.of_depth(content["boundary"])} if "boundary" in content else {}
 
     def load(self) -> Flights:
         """Return the stacks.

@@ -6,12 +6,13 @@ Shapes: M raw traces, N traces of a stack, K = L + 1 boundaries, L layers (newes
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fulgurite.datamodules.ice_layers.tracks.resample import Array, resample
 from fulgurite.datamodules.ice_layers.tracks.travel_time import LIGHT, refractive_index
 from fulgurite.domains.ice_layers.spans import ArraySpans, Spans
 
-__all__ = ["resample_spans", "to_optical_lengths"]
+__all__ = ["find_completed_spans", "resample_spans", "to_optical_lengths"]
 
 
 def to_optical_lengths(spans: ArraySpans, density: Array) -> ArraySpans:
@@ -22,6 +23,48 @@ def to_optical_lengths(spans: ArraySpans, density: Array) -> ArraySpans:
         density: Density of the layers [g cm⁻³]. Shape: (N, L).
     """
     return Spans(spans.start, spans.path * LIGHT / 2.0, refractive_index(density))
+
+
+def find_completed_spans(
+    thickness: Array,
+    picked: NDArray[np.bool_],
+    density: Array | None = None,
+    twtt: Array | None = None,
+) -> ArraySpans:
+    """Find what was measured of a completed stack: lengths between its picked boundaries.
+
+    Args:
+        thickness: Completed [m], NaN where left missing. Shape: (N, L).
+        picked: Whether each boundary was picked. Shape: (N, K).
+        density: Density that travel time became thickness with [g cm⁻³]; None where thickness
+            itself was measured. Shape: (N, L).
+        twtt: Two-way travel time of each boundary [s], by which lengths are known also where
+            layers are left missing. Shape: (N, K).
+
+    Example:
+        >>> picked = np.array([[True, False, True, True, False]])
+        >>> spans = find_completed_spans(np.array([[0.5, 0.7, 1.0, 0.9]]), picked)
+        >>> spans.start, spans.path
+        (array([[0, 0, 2, 3]]), array([[1.2, 1.2, 1. , nan]]))
+    """
+    index = np.ones_like(thickness) if density is None else refractive_index(density)
+    rows, numbers = np.arange(len(thickness))[:, None], np.arange(thickness.shape[1])
+    counted = Spans.of_depth(np.where(picked, np.arange(picked.shape[1]), np.nan))
+    first, stop = counted.start, counted.start + counted.length
+    steps = index * thickness
+    below = np.zeros(picked.shape)
+    below[:, 1:] = np.nan_to_num(steps).cumsum(1)
+    unknown = np.zeros(picked.shape)
+    unknown[:, 1:] = np.isnan(steps).cumsum(1)
+    path = np.where(
+        unknown[rows, stop] == unknown[rows, first], below[rows, stop] - below[rows, first], np.nan
+    )
+    if density is not None and twtt is not None:
+        measured = (twtt[rows, stop] - twtt[rows, first]) * LIGHT / 2.0
+        path = np.where(np.isfinite(measured), measured, path)
+    path = np.where(counted.length == 1, steps, path)  # to the bit
+    path = np.where(counted.known, path, np.nan)
+    return Spans(np.where(np.isnan(path), numbers, first), path, index)
 
 
 def resample_spans(

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fulgurite.domains.ice_layers.codes import METRES, Provenance
-from fulgurite.domains.ice_layers.netcdf import field_variable
+from fulgurite.domains.ice_layers.netcdf import field_variable, read_details
 from fulgurite.errors import ConfigError
 from fulgurite.extras import optional_import
 from fulgurite.foreign import reading
@@ -422,18 +422,4 @@ def _read_content(file: NetcdfFile) -> dict[str, Any]:
     }
     for name in ("checkpoint", "checkpoint_sha256", "time_scale"):
         content[name] = attributes.get(name, "")
-    is_gps = content["time_scale"] == "GPS"
-    for name, variable in {
-        "time": "gps_time" if is_gps else "time",
-        "elevation": "elevation",
-        "flight_distance": "flight_distance",
-        "trace": "frame_trace",
-        "density": "density",
-        "twtt": "twtt",
-    }.items():
-        if variable in variables:
-            content[name] = values(variable)
-    if "frame" in variables:
-        content["frame"] = np.array(file.read_texts("frame"))
-    content["picked"] = values("boundary_provenance") == 0
-    return content
+    return content | read_details(file)

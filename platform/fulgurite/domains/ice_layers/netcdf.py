@@ -15,7 +15,7 @@ from fulgurite.domains.ice_layers.codes import METRES
 from fulgurite.foreign import reading
 from fulgurite.hdf5 import NetcdfFile, need_package
 
-__all__ = ["field_variable", "read_netcdf_arrays"]
+__all__ = ["field_variable", "read_details", "read_netcdf_arrays"]
 
 
 def field_variable(number: int, name: str) -> str:
@@ -31,6 +31,32 @@ def field_variable(number: int, name: str) -> str:
     """
     letters = "".join(c if c.isascii() and (c.isalnum() or c == "_") else "_" for c in name)
     return f"climate_{letters}" if letters.strip("_") else f"climate_{number}"
+
+
+def read_details(file: NetcdfFile) -> dict[str, NDArray[Any]]:
+    """Read what an open file says of its traces beside layers, by the names of arrays in npz files.
+
+    Args:
+        file: A completed stack; what it does not have is left out.
+    """
+    is_gps = str(file.attributes.get("time_scale", "")) == "GPS"
+    content = {
+        name: file.read(variable, is_masked=False)
+        for name, variable in {
+            "time": "gps_time" if is_gps else "time",
+            "elevation": "elevation",
+            "flight_distance": "flight_distance",
+            "trace": "frame_trace",
+            "density": "density",
+            "twtt": "twtt",
+        }.items()
+        if variable in file.variables
+    }
+    if "frame" in file.variables:
+        content["frame"] = np.array(file.read_texts("frame"))
+    if "boundary_provenance" in file.variables:
+        content["picked"] = file.read("boundary_provenance", is_masked=False) == 0
+    return content
 
 
 def read_netcdf_arrays(path: str | Path, subject: str, hint: str) -> dict[str, NDArray[Any]]:
@@ -76,6 +102,8 @@ def read_netcdf_arrays(path: str | Path, subject: str, hint: str) -> dict[str, N
             for name in ("segment", "stack"):
                 content[name] = np.array(str(attributes[name]))
             content["unit"] = np.array(str(attributes.get("unit", METRES)))
+            content |= read_details(file)
+            content["time_scale"] = np.array(str(attributes.get("time_scale", "")))
             if "layer_name" in file.variables:
                 content["layer_names"] = np.array(file.read_texts("layer_name"), np.str_)
     return content
