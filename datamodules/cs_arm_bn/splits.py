@@ -350,6 +350,12 @@ class GroupFolds(Split):
 
         rows = _labelled_rows(table)
         if self.group == "image":
+            largest = int(np.bincount(table.label[rows], minlength=1).max())
+            if largest < self.folds:
+                raise DataError(
+                    f"No class has more than {largest} labelled queries, for {self.folds} folds.",
+                    "Lower `--data.init_args.split.init_args.folds`.",
+                )
             folds = StratifiedKFold(self.folds, shuffle=True, random_state=self.seed)
             pairs = folds.split(rows, table.label[rows])
         else:
@@ -371,10 +377,13 @@ class GroupFolds(Split):
                 train = train[~marked[train]]
             else:
                 groups = _group_names(table, self.val_group)[train]
-                if len(set(groups)) < 2:
+                count = len(set(groups))
+                if count < 2 or np.ceil(self.val_fraction * count) >= count:
                     raise DataError(
-                        f"The training fold has one group by {self.val_group}: no validation.",
-                        "Set `--data.init_args.split.init_args.val_group` to plate.",
+                        f"The training fold has {count} group{'s' * (count > 1)} by "
+                        f"{self.val_group}, of which validation would leave none.",
+                        "Set `--data.init_args.split.init_args.val_group=plate`, or lower "
+                        "`val_fraction`, down to 0 for no validation.",
                     )
                 inner = GroupShuffleSplit(1, test_size=self.val_fraction, random_state=self.seed)
                 inner_train, inner_val = next(inner.split(train, groups=groups))

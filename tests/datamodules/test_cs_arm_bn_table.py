@@ -250,6 +250,12 @@ def test_a_leaking_split_is_refused():
         (lambda: GroupFolds(val_fraction=1.0), ConfigError, "val_fraction"),
         (lambda: GroupFolds("lab", 0, 3).assign(table()), DataError, "folds"),
         (lambda: GroupFolds("lab", 0, 2).assign(table(batches=1)), DataError, "val_group"),
+        (
+            lambda: GroupFolds("batch", 0, 4, val_fraction=0.99).assign(table()),
+            DataError,
+            "validation would leave none.*lower `val_fraction`",
+        ),
+        (lambda: GroupFolds("image", 0, 999).assign(table()), DataError, "for 999 folds"),
         (lambda: OfficialSplit().assign(table()), DataError, "official"),
         (lambda: OfficialSplit([]), ConfigError, "tests"),
     ],
