@@ -428,6 +428,38 @@ def test_wrong_options_are_refused(options, word):
         module(**options)
 
 
+class OwnNet(nn.Module):
+    """A user's network, which may forget what is not visible, or a shape."""
+
+    def __init__(self, layers, physics, is_masked=True, is_flat=True):
+        super().__init__()
+        self.linear = nn.Linear(physics + 1, 1)
+        self.is_masked, self.is_flat = is_masked, is_flat
+
+    def forward(self, thickness, visible, physics, pos, degrees, distance, track):
+        shown = torch.where(visible, thickness, 0.0) if self.is_masked else thickness
+        out = self.linear(torch.cat([shown[..., None], physics], -1))
+        return out.squeeze(-1) if self.is_flat else out
+
+
+def test_networks_of_users_are_held_to_shapes_and_finite_numbers():
+    data = FakeFlights()
+    trainer(2).fit(module(network=OwnNet), data)
+    with pytest.raises(ConfigError, match=r"OwnNet gives \(\d+, 5, 1\) for \(\d+, 5\) traces"):
+        trainer(2).fit(module(network=partial(OwnNet, is_flat=False)), data)
+    blind = module(network=partial(OwnNet, is_masked=False))
+    with pytest.raises(ConfigError, match=r"OwnNet gives .* not finite"):
+        trainer(2).validate(blind, data, verbose=False)
+    with pytest.raises(ConfigError, match=r"OwnNet gives .* not finite"):
+        blind.fill(first_test_batch(data))
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_precisions_that_convert_statistics_are_refused(precision):
+    with pytest.raises(ConfigError, match=f"precision={precision} converts the statistics"):
+        trainer(2, precision=precision).fit(module(), FakeFlights())
+
+
 def test_options_outside_their_groups_are_refused():
     with pytest.raises(ConfigError, match="The inputs is 'none'"):
         IceCompletion(SMALL_NET, inputs="none")

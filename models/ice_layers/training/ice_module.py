@@ -46,6 +46,7 @@ from fulgurite.tensor_files import read_state_dict
 
 __all__ = ["IceModule"]
 
+_OTHER_PRECISIONS = ("64-true", "16-true", "bf16-true")
 _FIELDS = ("thickness", "observed", "physics", "pos", "distance", "stack", "ptr")
 
 
@@ -151,8 +152,15 @@ class IceModule(SystemModule):
         """Make the networks, and take the statistics of the training data.
 
         Raises:
-            ConfigError: The data are of another system.
+            ConfigError: The data are of another system, or the precision is not that of networks
+                with statistics in float64.
         """
+        if (precision := str(self.trainer.precision)) in _OTHER_PRECISIONS:
+            raise ConfigError(
+                f"--trainer.precision={precision} converts the statistics of the data, too, which "
+                "the networks of ice layers keep in float64.",
+                "Set --trainer.precision=32-true or bf16-mixed.",
+            )
         data: Any = getattr(self.trainer, "datamodule", None)
         if not hasattr(data, "layers") or not hasattr(data, "physics"):
             raise ConfigError(
@@ -338,11 +346,38 @@ class IceModule(SystemModule):
             shared: What :meth:`shared` says of measured sums that it may see. Shape: (N, L).
 
         Shape: to (N, L).
+
+        Raises:
+            ConfigError: The network gives something of another shape.
         """
         visible = self.mask_outliers(x, visible)
         options = {"shared": shared} if getattr(network, "sums", False) else {}
-        return network(  # type: ignore[no-any-return]
+        out = network(
             x.thickness, visible, x.physics, x.pos, x.degrees, x.distance, x.track, **options
+        )
+        if not isinstance(out, Tensor) or out.shape != visible.shape:
+            shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ConfigError(
+                f"The network {type(network).__name__} gives {shape} for {tuple(visible.shape)} "
+                "traces and layers.",
+                "Let it return one number for each of them.",
+            )
+        return out
+
+    def check_finite(self, predicted: Tensor) -> None:
+        """Refuse predictions that are none; it waits for the device.
+
+        Raises:
+            ConfigError: A value is not finite.
+        """
+        if bool((is_finite := predicted.isfinite()).all()):
+            return
+        raise ConfigError(
+            f"The network {type(self.networks[0]).__name__} gives {int((~is_finite).sum())} values "
+            f"of {predicted.numel()} that are not finite.",
+            "Thickness is NaN where it is not visible: a network of your own takes "
+            "torch.where(visible, thickness, 0). If the training loss is NaN, lower the learning "
+            "rate.",
         )
 
     def shared(self, x: Normalised, spans: TensorSpans) -> Tensor:

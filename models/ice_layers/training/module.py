@@ -216,6 +216,7 @@ class IceCompletion(IceModule):
         """
         x = self.normalise(batch)
         predicted, ensemble_std, constraints = self._predict_constrained(x, x.spans)
+        self.check_finite(predicted)
         gaps = measure_gaps(x.observed, x.distance, x.track)
         std = self.calibration(self._features(gaps, ensemble_std, x.spans))
         if constraints is not None:
@@ -329,6 +330,7 @@ class IceCompletion(IceModule):
         visible_spans = x.spans.hide(held_out(x.spans.picked, x.track, batch.stack))
         hidden = x.observed & ~visible_spans.observed
         predicted, ensemble_std = self.predict(x, visible_spans)
+        self.check_finite(predicted)
         features = self._features(
             measure_gaps(visible_spans.observed, x.distance, x.track), ensemble_std, visible_spans
         )
