@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fulgurite.data.exclusions import name_some
-from fulgurite.data.names import find_repeated
+from fulgurite.data.names import describe_misspelt, find_repeated
 from fulgurite.datamodules.fedsir.label_files import quote_some
 from fulgurite.datamodules.fedsir.samples import Listing
 from fulgurite.errors import ConfigError, DataError
@@ -285,7 +285,7 @@ class AnnotationFile:
         if unknown and (self.unknown == "error" or len(unknown) == len(rows)):
             raise DataError(
                 f"The table {path} has rows of images that the source does not train on: "
-                f"{quote_some(unknown)}.",
+                f"{quote_some(unknown)}.{describe_misspelt(unknown, listing.keys or ())}",
                 f"{hint}, remove these rows, or set `{self.option}.unknown=ignore`.",
             )
         _refuse_repeated([row for row in rows if row >= 0], listing, path)

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fulgurite.data.exclusions import name_some
+from fulgurite.data.names import describe_misspelt
 from fulgurite.datamodules.fedsir.samples import UNKNOWN, Listing
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.foreign import (
@@ -101,7 +102,8 @@ def label_numbers(
     valid: set[str] = set().union(*(m for k, m in meanings.items() if labels_are in ("auto", k)))
     bad = [text for text in different if text not in valid] or different
     raise DataError(
-        f"The file {path} has labels that are no class of the source: {quote_some(bad)}.",
+        f"The file {path} has labels that are no class of the source: {quote_some(bad)}."
+        f"{describe_misspelt(bad, class_names)}",
         f"The classes are {quote_some(class_names)}, or numbers from 0 to {len(class_names) - 1}.",
     )
 

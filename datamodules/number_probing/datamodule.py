@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from fulgurite.base import save_options
 from fulgurite.data.datamodules import SequenceDataModule, TextDataModule, keep_batch
@@ -324,8 +325,10 @@ class NumberTextDataModule(_NumberDataModule, TextDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the vocabulary, by which other text is read as that of the training."""
-        ready = {"key": self.tokenizer.key, "state": self.tokenizer.state()}
-        return ready if self._ready else {}
+        if not self._ready:
+            return {}
+        text = self.cache.folder.name  # a digest of its tokens
+        return {"key": self.tokenizer.key, "state": self.tokenizer.state(), "text": text}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse a checkpoint with another vocabulary than that of this text.
@@ -335,13 +338,17 @@ class NumberTextDataModule(_NumberDataModule, TextDataModule):
         """
         if not state_dict or not self._ready:
             return
-        if state_dict != self.state_dict():
+        own = self.state_dict()
+        if any(state_dict[name] != own[name] for name in ("key", "state")):
             raise CheckpointError(
                 "The checkpoint was trained with another vocabulary than that of this text, so "
                 "that its tokens mean other words.",
                 "Predict other text with --input PATH, or give a tokenizer.json in "
                 "--data.init_args.tokenizer.name.",
             )
+        is_training = self.trainer is not None and self.trainer.training
+        if is_training and state_dict.get("text", own["text"]) != own["text"]:
+            rank_zero_warn("The training goes on with another text than that of the checkpoint.")
 
     def prepare_data(self) -> None:
         """Fill the cache, once per machine.

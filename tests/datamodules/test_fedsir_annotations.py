@@ -354,6 +354,17 @@ def test_labels_in_another_order_are_told_by_their_agreement(tmp_path, log):
     assert "is it in the order of the source?" in log.text
 
 
+def test_names_that_only_resemble_those_of_the_source_are_told(tmp_path):
+    source = numbered(names=("caf\u00e9", "tea"), key="im\u00e9/{}.png")
+    frame = pd.DataFrame({"path": [f"ime\u0301/{row}.png" for row in range(TOTAL)]})
+    frame = frame.assign(label="tea", client="0")  # as file systems of Apple write letters
+    with pytest.raises(DataError, match=r"'ime\\u0301/0.png' and 'im\\xe9/0.png' are not the same"):
+        build(FilePartition(write(tmp_path, frame)), source=source, clients=1)
+    frame = frame.assign(path=[f"im\u00e9/{row}.png" for row in range(TOTAL)], label="Tea")
+    with pytest.raises(DataError, match=r"'Tea' and 'tea' are not the same name"):
+        build(noise=FileLabels(write(tmp_path, frame)), source=source)
+
+
 def test_names_and_numbers_that_differ_are_asked_for(tmp_path):
     source = numbered(names=("1", "0"))
     path = write(tmp_path, table(label=[1 - c for c in GIVEN]))

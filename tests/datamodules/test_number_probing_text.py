@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -524,3 +525,17 @@ def test_the_counts_are_those_of_the_text(corpus):
 def test_wrong_options_name_their_key(options, named):
     with pytest.raises(ConfigError, match=named):
         text_module(options)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_training_that_goes_on_with_another_text_says_so(corpus, tmp_path, training, recwarn):
+    data = module(corpus)
+    state = data.state_dict()
+    file = files_in(corpus)[0]
+    file.write_text(file.read_text().replace("1", "2"))  # numbers have tokens in any text
+    other = module(corpus)
+    other.trainer = SimpleNamespace(training=training)
+    other.load_state_dict(other.state_dict())
+    assert not recwarn
+    other.load_state_dict(state)
+    assert ["another text" in str(w.message) for w in recwarn] == [True] * training

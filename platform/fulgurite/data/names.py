@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable
 
-__all__ = ["find_alike", "find_misspelt", "find_repeated", "quote_names"]
+__all__ = ["describe_misspelt", "find_alike", "find_misspelt", "find_repeated", "quote_names"]
 
 
 def find_repeated(names: Iterable[str]) -> str | None:
@@ -73,6 +73,19 @@ def find_misspelt(names: Iterable[str], known: Iterable[str]) -> tuple[str, str]
     absent = {_simplify(name): name for name in known if name not in names}
     pairs = ((name, absent.get(_simplify(name))) for name in names)
     return next(((name, meant) for name, meant in pairs if meant is not None), None)
+
+
+def describe_misspelt(names: Iterable[str], known: Iterable[str]) -> str:
+    """Return a sentence that names the first name that only resembles a known one, or nothing.
+
+    Example:
+        >>> describe_misspelt(["Cat"], ["cat", "dog"])
+        " 'Cat' and 'cat' are not the same name."
+        >>> describe_misspelt(["elk"], ["cat", "dog"])
+        ''
+    """
+    pair = find_misspelt(names, known)
+    return f" {quote_names(pair)} are not the same name." if pair else ""
 
 
 def _simplify(name: str) -> str:
