@@ -130,7 +130,9 @@ class InputStacks(NpzStacks):
             return super()._extra(content)
         traces, layers = content["thickness"].shape
         try:
-            known = {n: convert(n, content[n]) for n in DETAIL_ARRAYS if n in content}
+            known: dict[str, Any] = {
+                name: convert(name, content[name]) for name in DETAIL_ARRAYS if name in content
+            }
         except ValueError as error:
             raise DataError(f"An array cannot be read: {error}.", "Write it again.") from error
         details = FlightDetails(time_scale=str(content.get("time_scale", "")), **known)

@@ -20,6 +20,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.io import savemat
 
+from fulgurite.datamodules.ice_layers import MarClimate
 from fulgurite.datamodules.ice_layers.readers.layer_frames import read_frame, read_mat
 from fulgurite.datamodules.ice_layers.readers.layer_writer import write_layer_file
 from fulgurite.datamodules.ice_layers.statistics import fit_statistics
@@ -118,6 +119,19 @@ def test_links_to_folders_on_other_disks_are_followed(tmp_path):
     direct, linked = load(tmp_path / "disk"), load(tmp_path / "season")
     assert len(direct.stacks) == len(linked.stacks) == 2
     np.testing.assert_array_equal(direct.stacks[0].thickness, linked.stacks[0].thickness)
+
+
+def test_patterns_match_folders_and_names_may_have_brackets(tmp_path):
+    folder = write_picks(tmp_path / "season [2012]", make_track())
+    (file,) = folder.glob("Data_*.mat")
+    assert len(load(file).stacks) == 2
+    assert len(load(tmp_path / "season*").stacks) == 2
+    assert len(load(tmp_path / "*" / "2012*").stacks) == 2
+    climate = MarClimate([str(tmp_path / "MAR [v3].nc"), str(tmp_path / "M*")])
+    (tmp_path / "MAR [v3].nc").touch()
+    (tmp_path / "MAR").mkdir()
+    (tmp_path / "MAR" / "2012.nc").touch()
+    assert climate.paths() == [tmp_path / "MAR" / "2012.nc", tmp_path / "MAR [v3].nc"]
 
 
 # --- boundaries -----------------------------------------------------------------------------------

@@ -577,6 +577,14 @@ def test_npz_stacks(tmp_path):
         NpzStacks(str(tmp_path)).load()
 
 
+def test_entries_that_a_model_filled_are_counted_where_they_are_read_as_picks(tmp_path):
+    save(tmp_path, provenance=np.tile([0, 1, 2], (10, 1)))
+    save(tmp_path, "b", provenance=np.zeros((10, 3)))
+    assert (
+        "20 entries that a model filled count as observed" in NpzStacks(str(tmp_path)).load().notes
+    )
+
+
 def negative():
     thickness = track(traces=10)[2]
     thickness[2, 1], thickness[4, 0], thickness[5, 2] = -1.0, 0.0, np.inf

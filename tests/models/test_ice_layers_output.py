@@ -90,6 +90,12 @@ def assert_same_stack(a, b):
             assert value == other, name
 
 
+def test_fields_whose_names_differ_in_signs_alone_are_two(tmp_path):
+    stack = replace(make(), physics_names=("melt [mm]", "melt (mm)"))
+    stack = replace(stack, details=FlightDetails(picked=stack.picked))
+    assert_same_stack(stack, read_netcdf(write_netcdf(tmp_path / "a.nc", stack)))
+
+
 @pytest.mark.parametrize("kind", ["npz", "nc"])
 @pytest.mark.parametrize("bare", [False, True])
 def test_what_is_written_is_read_again_bit_for_bit(tmp_path, kind, bare):

@@ -5,7 +5,6 @@ Shapes: M points, L layers (newest first), P physical fields, T time steps, C gr
 
 from __future__ import annotations
 
-import glob
 import logging
 import math
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fulgurite.data.exclusions import name_some
-from fulgurite.data.listing import list_files
+from fulgurite.data.listing import match_files
 from fulgurite.datamodules.ice_layers.climate.fields import (
     MEANS,
     NEEDS,
@@ -45,7 +44,6 @@ from fulgurite.datamodules.ice_layers.climate.grid import (
 from fulgurite.datamodules.ice_layers.stack import Array
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.extras import optional_import
-from fulgurite.io import data_path
 
 __all__ = ["PHYSICS", "ClimateRequest", "MarClimate", "Sample"]
 
@@ -166,11 +164,7 @@ class MarClimate:
         """
         files: set[Path] = set()
         for pattern in self.files:
-            path = data_path(pattern, must_exist=False)
-            if path.is_dir():
-                files |= {file for _, file in list_files(path, (".nc", ".nc4"))}
-            else:
-                files |= {Path(match) for match in glob.glob(str(path), recursive=True)}
+            files |= set(match_files(pattern, (".nc", ".nc4")))
         if not files:
             raise DataError(
                 f"There is no climate file at {name_some(self.files)}.",

@@ -5,7 +5,6 @@ Shapes: M traces, K boundaries (the surface first), L = K - 1 layers.
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from fulgurite.data.exclusions import Exclusion, check_exclude, name_some
-from fulgurite.data.listing import list_files
+from fulgurite.data.listing import match_files
 from fulgurite.datamodules.ice_layers.climate.mar import MarClimate
 from fulgurite.datamodules.ice_layers.flights import (
     FlightTrack,
@@ -51,7 +50,6 @@ from fulgurite.datamodules.ice_layers.stack import (
 from fulgurite.datamodules.ice_layers.tracks.blocks import Blocks, assemble
 from fulgurite.domains.ice_layers.details import FlightDetails
 from fulgurite.errors import ConfigError, DataError
-from fulgurite.io import data_path
 from fulgurite.options import check_options
 
 __all__ = ["LayerFiles", "PickOptions", "SegmentSelection"]
@@ -186,13 +184,7 @@ class LayerFiles(StackSource):
         """Files of each segment, sorted, and how many other folders have files of it."""
         files: dict[str, set[Path]] = {}
         for pattern in self.files:
-            root = data_path(pattern, must_exist=False)
-            matches = (
-                [path for _, path in list_files(root, (".mat",))]
-                if root.is_dir()
-                else [Path(match) for match in glob.glob(str(root), recursive=True)]
-            )
-            for path in matches:
+            for path in match_files(pattern, (".mat",)):
                 if match := FRAME_NAME.fullmatch(path.name):
                     files.setdefault(match[1], set()).add(path)
         if self.selection.segments is not None:

@@ -24,7 +24,7 @@ from fulgurite.datamodules.ice_layers.stack import (
 )
 from fulgurite.datamodules.ice_layers.tracks.resample import measure_track
 from fulgurite.datamodules.ice_layers.tracks.travel_time import remove_crossed
-from fulgurite.domains.ice_layers.codes import METRES
+from fulgurite.domains.ice_layers.codes import METRES, Provenance
 from fulgurite.domains.ice_layers.details import LayerLabels
 from fulgurite.domains.ice_layers.npz import ARRAYS, LISTS, NAMES, read_npz_arrays, read_texts
 from fulgurite.domains.ice_layers.spans import Spans
@@ -57,6 +57,14 @@ def _refuse_misspelt(path: Path, content: Mapping[str, Any]) -> None:
                 f"The stack {path} has an array {name!r}, which is not read.",
                 f"Did you mean {nearest[0]!r}? Else call it otherwise.",
             )
+
+
+def _count_filled(content: Mapping[str, Any]) -> int:
+    """Count entries of a completed stack that a model has filled; 0 of others."""
+    thickness, origin = content["thickness"], content.get("provenance")
+    if origin is None or origin.shape != thickness.shape:
+        return 0
+    return int((np.isfinite(thickness) & (origin != Provenance.OBSERVED)).sum())
 
 
 def _read_labels(content: dict[str, Any], layers: int) -> LayerLabels:
@@ -259,12 +267,14 @@ class NpzStacks(StackSource):
         age: Array | None = None
         names: tuple[str, ...] = ()
         unlike = {"ages": 0, "names": 0}
+        filled = 0
         for path, content in self._contents():
             if content is None:
                 left_out["unreadable"] += 1
                 continue
             left_out["negative"] += self._add_thickness(content)
             thickness = content["thickness"]
+            filled += 0 if self._needs else _count_filled(content)
             if "short" in self.exclude and len(thickness) == 1:
                 left_out["short"] += 1
                 continue
@@ -326,4 +336,6 @@ class NpzStacks(StackSource):
             for what, count in unlike.items()
             if count
         ]
+        if filled:
+            notes.append(f"{filled} entries that a model filled count as observed")
         return Flights(stacks, self.physics, names, age, excluded, notes, self.thickest)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fulgurite.domains.ice_layers.codes import METRES, Provenance
-from fulgurite.domains.ice_layers.netcdf import field_variable, read_details
+from fulgurite.domains.ice_layers.netcdf import name_field_variables, read_details
 from fulgurite.errors import ConfigError
 from fulgurite.extras import optional_import
 from fulgurite.foreign import reading
@@ -242,11 +242,12 @@ class _Writer:
                 long_name="density with which travel time became thickness",
                 comment="the index of refraction is 1 + 0.845 times this number",
             )  # fmt: skip
-        for k, name in enumerate(stack.physics_names):
+        variables = name_field_variables(stack.physics_names)
+        for k, (name, variable) in enumerate(zip(stack.physics_names, variables, strict=True)):
             units, long_name = _FIELDS.get(name, (None, name))
             attributes = {"units": units} if units else {}
             self.add_data(
-                field_variable(k, name), stack.physics[..., k], _BOTH,
+                variable, stack.physics[..., k], _BOTH,
                 long_name=f"{long_name}, of the climate model", **attributes,
             )  # fmt: skip
 
@@ -396,7 +397,7 @@ def _read_content(file: NetcdfFile) -> dict[str, Any]:
         return [line for line in str(attributes.get(name, "")).split("\n") if line]
 
     names = str(attributes["physics_names"]).split("\n") if attributes["physics_names"] else []
-    physics = [values(field_variable(k, name)) for k, name in enumerate(names)]
+    physics = [values(variable) for variable in name_field_variables(names)]
     thickness = values("thickness")
     content: dict[str, Any] = {
         "thickness": thickness,

@@ -16,7 +16,7 @@ from fulgurite.errors import DataError
 from fulgurite.foreign import open_archive, read_member, reading
 from fulgurite.io import checksum, data_path
 
-__all__ = ["STDLIB", "FileTree", "find_files", "list_files"]
+__all__ = ["STDLIB", "FileTree", "find_files", "list_files", "match_files"]
 
 #: The path that means the sources of Python's standard library.
 STDLIB = "stdlib"
@@ -79,6 +79,29 @@ def _find(pattern: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Path]]
             yield from list_files(match, suffixes)
         else:
             yield match.name, match
+
+
+def match_files(pattern: str, suffixes: tuple[str, ...]) -> list[Path]:
+    """Return the files that a path or a glob pattern names, which may be none.
+
+    A file of this very name counts before the pattern, since names may have brackets.
+
+    Args:
+        pattern: A file, a folder or a glob pattern of both, absolute or relative to the current
+            folder or to ``FULGURITE_DATA``.
+        suffixes: What names of files in folders end with.
+    """
+    path = data_path(pattern, must_exist=False)
+    matches = [path]
+    if not path.exists():
+        matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+    return [
+        file
+        for match in matches
+        for file in (
+            [file for _, file in list_files(match, suffixes)] if match.is_dir() else [match]
+        )
+    ]
 
 
 def list_files(

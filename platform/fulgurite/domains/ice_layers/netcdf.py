@@ -5,6 +5,7 @@ Shapes: N traces, L layers (newest first), P physical fields.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,25 @@ from fulgurite.domains.ice_layers.codes import METRES
 from fulgurite.foreign import reading
 from fulgurite.hdf5 import NetcdfFile, need_package
 
-__all__ = ["field_variable", "read_details", "read_netcdf_arrays"]
+__all__ = ["name_field_variables", "read_details", "read_netcdf_arrays"]
 
 
-def field_variable(number: int, name: str) -> str:
-    """Name of a physical field's variable: CF allows letters, digits and underscores.
+def name_field_variables(names: Sequence[str]) -> list[str]:
+    """Names of the variables of physical fields: CF allows letters, digits and underscores.
 
     Args:
-        number: Number of the field.
-        name: Its name.
+        names: Names of the fields.
 
     Example:
-        >>> field_variable(0, "smb"), field_variable(1, "Δh"), field_variable(2, "Δ")
-        ('climate_smb', 'climate__h', 'climate_2')
+        >>> name_field_variables(["smb", "Δh", "Δ", "δh"])
+        ['climate_smb', 'climate__h', 'climate_2', 'climate__h_3']
     """
-    letters = "".join(c if c.isascii() and (c.isalnum() or c == "_") else "_" for c in name)
-    return f"climate_{letters}" if letters.strip("_") else f"climate_{number}"
+    variables: list[str] = []
+    for number, name in enumerate(names):
+        letters = "".join(c if c.isascii() and (c.isalnum() or c == "_") else "_" for c in name)
+        variable = f"climate_{letters}" if letters.strip("_") else f"climate_{number}"
+        variables.append(f"{variable}_{number}" if variable in variables else variable)
+    return variables
 
 
 def read_details(file: NetcdfFile) -> dict[str, NDArray[Any]]:
@@ -93,7 +97,7 @@ def read_netcdf_arrays(path: str | Path, subject: str, hint: str) -> dict[str, N
             }
             position = [file.read(name, is_masked=False) for name in ("latitude", "longitude")]
             fields = [
-                file.read(field_variable(k, name), is_masked=False) for k, name in enumerate(names)
+                file.read(variable, is_masked=False) for variable in name_field_variables(names)
             ]
             shape = (*content["thickness"].shape, 0)
             content["pos"] = np.stack(position, -1)
