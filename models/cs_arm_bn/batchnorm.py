@@ -151,6 +151,12 @@ class ContextLayer(nn.modules.batchnorm._BatchNorm):
     def _normalise(self, x: Tensor) -> Tensor:
         setting = self.context
         if setting is None or setting.source == "ordinary":
+            if setting is not None and self.training and x.numel() == x.shape[1]:
+                raise ConfigError(
+                    f"The BatchNorm {self.name or 'layer'} gets one value of each channel, which "
+                    "has no variance.",
+                    "Set `--data.init_args.episodes.queries` to 2 or more.",
+                )
             if setting is not None and setting._again and self.training:
                 # a recomputation must not move running statistics twice
                 mean = None if self.running_mean is None else self.running_mean.clone()

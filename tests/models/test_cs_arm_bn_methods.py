@@ -393,6 +393,15 @@ def test_embeddings_of_elsewhere_have_a_head(hidden):
         torch.testing.assert_close(other, alone)
 
 
+def test_one_value_of_each_channel_is_refused_in_training():
+    converted = convert_batchnorm(EmbeddingHead(5, K, hidden=6)).train()
+    with (
+        context(converted, "ordinary", n_query=1),
+        pytest.raises(ConfigError, match=r"one value of each channel.*episodes.queries"),
+    ):
+        converted(torch.randn(1, 5))
+
+
 # --- networks of other libraries ------------------------------------------------------------------
 
 
