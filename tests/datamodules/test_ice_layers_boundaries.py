@@ -435,6 +435,21 @@ def test_traces_of_two_solutions_of_navigation_are_one(tmp_path):
     np.testing.assert_allclose(stack.thickness, np.tile(THICKNESS, (60, 1)), atol=1e-4)
 
 
+def test_a_trace_that_comes_twice_in_a_file_has_the_picks_of_both(tmp_path):
+    time, pos, picks = make_track(traces=60)
+    moved = pos + np.array([3e-6, 0.0])
+    twice = np.sort([*range(20, 60), 50])
+    second = picks[twice]
+    second[30, 1:] = np.nan  # the first of both
+    first = picks.copy()
+    first[35:40, 2] = np.nan
+    write_picks(tmp_path, (time[:40], pos[:40], first[:40]), (time[twice], moved[twice], second))
+    flights = load(tmp_path, traces=60)
+    (stack,) = flights.stacks
+    assert stack.observed.all()
+    assert count_excluded(flights) == {"repeated": 21}
+
+
 def test_traces_without_time_do_not_keep_files_from_being_joined(tmp_path):
     time, pos, picks = make_track(traces=60)
     moved = pos + np.array([3e-6, 0.0])

@@ -229,7 +229,7 @@ def join_frames(
             if k in column:
                 twtt[:, column[k]] = picks
         parts.append(twtt)
-    is_first, contradicting = _join_overlaps([frame.time for frame in frames], parts)
+    is_first, contradicting = _join_overlaps(frames, parts)
     time = np.concatenate([f.time[keep] for f, keep in zip(frames, is_first, strict=True)])
     pos = np.concatenate([f.pos[keep] for f, keep in zip(frames, is_first, strict=True)])
     twtt = np.concatenate([part[keep] for part, keep in zip(parts, is_first, strict=True)])
@@ -282,36 +282,50 @@ def _describe_traces(
 
 
 def _join_overlaps(
-    times: Sequence[Array], picks: Sequence[Array]
+    frames: Sequence[Frame], picks: Sequence[Array]
 ) -> tuple[list[NDArray[np.bool_]], int]:
-    """Give traces that are in two files the picks of both; the first file's win.
+    """Give traces that are in two files, or twice in one, the picks of both; the first's win.
 
     A trace is known by its time, whatever solution of navigation its position is from; in files
-    whose times repeat (of whole seconds), traces are told apart by time and position later.
+    whose times repeat (of whole seconds), by time and position.
 
     Args:
-        times: Times of the traces of each file [s].
-        picks: Picks of each file (M, K) [s]; those of the first files are filled in place.
+        frames: The files.
+        picks: Picks of each file (M, K) [s]; those of first traces are filled in place.
 
     Returns:
-        For each file, which traces are not in a file before it (M,); and the number of picks that
+        For each file, which traces do not come before (M,); and the number of picks that
         contradict each other.
     """
     contradicting = 0
     sources: dict[float, tuple[int, int]] = {}
     is_first = []
-    for number, time in enumerate(times):
-        keep = np.ones(len(time), np.bool_)
-        timed = np.flatnonzero(np.isfinite(time))  # traces without a time are left out later
-        if len(np.unique(time[timed])) == len(timed):
-            for trace, moment in zip(timed.tolist(), time[timed].tolist(), strict=True):
-                file, row = sources.setdefault(moment, (number, trace))
-                if file == number:
-                    continue
-                keep[trace] = False
-                first, second = picks[file][row], picks[number][trace]
-                overlap = np.isfinite(first) & np.isfinite(second)
-                contradicting += int((np.abs(first - second)[overlap] > _SAME_PICK).sum())
-                picks[file][row] = np.where(np.isfinite(first), first, second)
+    for number, frame in enumerate(frames):
+        keep = np.ones(len(frame.time), np.bool_)
+        pairs = [((number, first), again) for first, again in _find_repeated(frame)]
+        keep[[again for _, again in pairs]] = False
+        timed = np.flatnonzero(keep & np.isfinite(frame.time))  # others are left out later
+        moments = frame.time[timed]
+        if len(np.unique(moments)) == len(timed):
+            for trace, moment in zip(timed.tolist(), moments.tolist(), strict=True):
+                source = sources.setdefault(moment, (number, trace))
+                if source[0] != number:
+                    keep[trace] = False
+                    pairs.append((source, trace))
+        for (file, row), trace in pairs:
+            first, second = picks[file][row], picks[number][trace]
+            overlap = np.isfinite(first) & np.isfinite(second)
+            contradicting += int((np.abs(first - second)[overlap] > _SAME_PICK).sum())
+            picks[file][row] = np.where(np.isfinite(first), first, second)
         is_first.append(keep)
     return is_first, contradicting
+
+
+def _find_repeated(frame: Frame) -> list[tuple[int, int]]:
+    """Find traces of a file that come again at one time and place: the first, and another one."""
+    rows = np.column_stack([frame.time, frame.pos])
+    usable = np.flatnonzero(np.isfinite(rows).all(1))
+    _, first, group = np.unique(rows[usable], axis=0, return_index=True, return_inverse=True)
+    first_of = usable[first[group.ravel()]]
+    again = first_of != usable
+    return list(zip(first_of[again].tolist(), usable[again].tolist(), strict=True))
