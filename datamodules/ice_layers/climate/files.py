@@ -144,9 +144,13 @@ class ClimateFile:
         """
         variable = self.find(names)
         if variable is None:
+            other = f"Leave the field out of `{_OPTION}.variables`, or give files that have it."
             raise DataError(
                 f"The climate file {self.path} has no variable for {subject} ({', '.join(names)}).",
-                f"Leave the field out of `{_OPTION}.variables`, or give files that have it.",
+                f"Call the time of its steps {_TIMES[0]} or {_TIMES[1]}, or leave the file out of "
+                f"`{_OPTION}.files`."
+                if subject == "time"
+                else other,
             )
         return variable
 
