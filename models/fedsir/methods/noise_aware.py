@@ -128,7 +128,7 @@ class NoiseAwareClientSide(ClientSide):
         assert isinstance(request, NoiseAwareTrainRequest)
         counts = client.count_labels(current=losses.prior == "current")
         prior = log_prior(counts, losses.tau, mask_absent=self.mask_absent)
-        prior = prior.to(client.trainer.device)
+        prior = prior.to(client.trainer.device, non_blocking=True)
         if request.is_clean:
             return LogitLoss(prior if losses.clean == "la" else None)
         weight = ramp(request.round, distillation.begin, distillation.end, distillation.weight)
