@@ -273,13 +273,13 @@ class NoisyClients(ClientSelection):
         size = sum(len(parts[k]) for k in noisy)
         if not size:
             return
-        asked = sum(float(rates[k]) * len(parts[k]) for k in noisy) / size
-        given = sum(int(wrong[parts[k]].sum()) for k in noisy) / size
-        if abs(given - asked) > 0.005 + 0.05 * asked:
+        configured_rate = sum(float(rates[k]) * len(parts[k]) for k in noisy) / size
+        actual_rate = sum(int(wrong[parts[k]].sum()) for k in noisy) / size
+        if abs(actual_rate - configured_rate) > 0.005 + 0.05 * configured_rate:
             log.warning(
                 "%.1f %% of the labels of noisy clients are wrong, and %.1f %% were asked for: "
                 "each class of a client has a rounded number of wrong labels, which is another "
                 "share where it has few samples. Take fewer clients or more samples.",
-                100 * given,
-                100 * asked,
+                100 * actual_rate,
+                100 * configured_rate,
             )

@@ -130,15 +130,15 @@ class InputStacks(NpzStacks):
             return super()._extra(content)
         traces, layers = content["thickness"].shape
         try:
-            known: dict[str, Any] = {
+            arrays: dict[str, Any] = {
                 name: convert(name, content[name]) for name in DETAIL_ARRAYS if name in content
             }
         except ValueError as error:
             raise DataError(f"An array cannot be read: {error}.", "Write it again.") from error
-        details = FlightDetails(time_scale=str(content.get("time_scale", "")), **known)
+        details = FlightDetails(time_scale=str(content.get("time_scale", "")), **arrays)
         details.check(str(content.get("stack", "")), traces, layers)
         spans = find_completed_spans(
-            content["completed"], known["picked"], details.density, details.twtt
+            content["completed"], arrays["picked"], details.density, details.twtt
         )
         surface = None if details.twtt is None else details.twtt[:, 0]
         record = replace(details, picked=None, twtt=None, surface=surface)

@@ -338,8 +338,8 @@ class NumberTextDataModule(_NumberDataModule, TextDataModule):
         """
         if not state_dict or not self._ready:
             return
-        own = self.state_dict()
-        if any(state_dict[name] != own[name] for name in ("key", "state")):
+        current = self.state_dict()
+        if any(state_dict[name] != current[name] for name in ("key", "state")):
             raise CheckpointError(
                 "The checkpoint was trained with another vocabulary than that of this text, so "
                 "that its tokens mean other words.",
@@ -347,7 +347,7 @@ class NumberTextDataModule(_NumberDataModule, TextDataModule):
                 "--data.init_args.tokenizer.name.",
             )
         is_training = self.trainer is not None and self.trainer.training
-        if is_training and state_dict.get("text", own["text"]) != own["text"]:
+        if is_training and state_dict.get("text", current["text"]) != current["text"]:
             rank_zero_warn("The training goes on with another text than that of the checkpoint.")
 
     def prepare_data(self) -> None:

@@ -155,5 +155,5 @@ def _hold_out_any(drawn: Tensor, picked: Tensor) -> Tensor:
     count = observed.sum(0)
     position = (observed.cumsum(0) - 0.5) / count.clamp_min(1)
     quarter = observed & ((position - 0.5).abs() <= torch.clamp(0.5 / count.clamp_min(1), 0.125))
-    most = torch.arange(picked.shape[1], device=picked.device) == count.argmax()
-    return torch.where((drawn & (observed | below)).any(), drawn, quarter & most)
+    is_most_observed = torch.arange(picked.shape[1], device=picked.device) == count.argmax()
+    return torch.where((drawn & (observed | below)).any(), drawn, quarter & is_most_observed)

@@ -77,15 +77,19 @@ _OTHER_FORMATS = {
 }
 
 
-def refuse_other_formats(content: bytes, wanted: str = "comma-separated values in UTF-8") -> None:
+def refuse_other_formats(content: bytes, expected: str = "comma-separated values in UTF-8") -> None:
     """Refuse what is no text in UTF-8, by how it begins.
+
+    Args:
+        content: Of the file, or its beginning.
+        expected: What the error says that it is not.
 
     Raises:
         ValueError: It is a spreadsheet, a zip, parquet, gzip, a PDF or text in UTF-16.
     """
     for start, name in _OTHER_FORMATS.items():
         if content.startswith(start):
-            raise ValueError(f"it is {name}, not {wanted}")
+            raise ValueError(f"it is {name}, not {expected}")
 
 
 def decode_text(content: bytes) -> str:
