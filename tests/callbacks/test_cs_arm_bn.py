@@ -381,7 +381,7 @@ def test_padding_and_unlabelled_queries(trained):
 
 @pytest.mark.parametrize("method", [ARMLL, TENT])
 def test_methods_with_gradients_of_their_own_refuse_half_precision(method):
-    trainer = SimpleNamespace(strategy=None, precision="16-mixed")
+    trainer = SimpleNamespace(strategy=None, precision="16-mixed", world_size=1)
 
     def set_up(method):
         module = make_module(method)
