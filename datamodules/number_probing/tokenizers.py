@@ -9,11 +9,12 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from functools import partial
 from typing import Any, Protocol
 
 import numpy.typing as npt
 
+from fulgurite.domains.number_probing import encode_known, encode_numbers
 from fulgurite.errors import ConfigError
 from fulgurite.extras import optional_import
 from fulgurite.foreign import read_json, reading
@@ -36,7 +37,6 @@ _WORD_OR_DIGIT = re.compile(r"\d|[^\W\d_]+|[^\w\s]|_")
 _HINT = "Give a tokenizer.json in `--data.init_args.tokenizer.name`, or `words`, or `digits`."
 _MOST_UNUSED = 1 << 20  # numbers without a token
 _LONGEST = 100  # characters that a rule of a tokenizer may put for one
-_FORMS = ("{}", " {}", "a {}", "({})", "a{}")  # in which a number may have another token
 _UNKNOWN, _END, _LONG = "<unknown>", "<end>", "<number>"
 
 
@@ -228,19 +228,13 @@ class FileTokenizer:
         self.key = f"file-1-{hashlib.sha256(content).hexdigest()}"
         parsed = ((token, number_of(text)) for text, token in vocabulary.items())
         numbers = {token: n for token, n in parsed if n is not None}
+        _, possible_tokens = encode_numbers(
+            sorted({*numbers.values()}), partial(encode_known, self.encode)
+        )
         # where digits are split, tokens of several digits never occur, and are never trained
-        self.numbers = {token: n for token, n in numbers.items() if self._gives(token, n)}
+        self.numbers = {token: n for token, n in numbers.items() if token in possible_tokens[n]}
         ends = ("<|end_of_text|>", "<|endoftext|>", "</s>", "[SEP]")
         self.end = next((vocabulary[name] for name in ends if name in vocabulary), None)
-
-    def _gives(self, token: int, number: int) -> bool:
-        """Whether any text of a number has a token."""
-        for form in _FORMS:
-            with suppress(Exception):  # some tokenizers have nothing for what they do not know
-                encoding = self._tokenizer.encode(form.format(number), add_special_tokens=False)
-                if token in encoding.ids:
-                    return True
-        return False
 
     def learn(self, documents: Iterable[str]) -> None:
         """Do nothing: the file has the vocabulary."""

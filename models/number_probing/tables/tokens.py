@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from fulgurite.domains.number_probing import Encoder, encode_known, encode_numbers
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.foreign import read_json, reading
 from fulgurite.models.number_probing.tables.number_table import (
@@ -26,9 +28,6 @@ __all__ = [
 ]
 
 Spelling = Literal["auto", "bare", "spaced"]
-
-#: Tokens of each of several texts.
-Encoder = Callable[[Sequence[str]], list[list[int]]]
 
 _SPACES = ("Ġ", "▁", " ")  # how byte-level BPE, SentencePiece and plain vocabularies write a space
 
@@ -76,7 +75,7 @@ def number_tokens(
         )
     candidates = range(DEFAULT_STOP) if numbers is None else numbers
     prefixes = {"auto": ("", *_SPACES), "bare": ("",), "spaced": _SPACES}[spelling]
-    single_token, possible_tokens = _encode_numbers(candidates, encode) if encode else ({}, None)
+    single_token, possible_tokens = encode_numbers(candidates, encode) if encode else ({}, None)
     best: tuple[dict[int, int], str] = ({}, prefixes[0])
     best_cover = 0, 0
     has_unreachable = False
@@ -104,19 +103,6 @@ def number_tokens(
     return best
 
 
-def _encode_numbers(
-    numbers: Sequence[int], encode: Encoder
-) -> tuple[dict[int, int], dict[int, set[int]]]:
-    """Encode numbers: the token of each that is a single token, and all tokens of each."""
-    texts = ("{}", " {}", "a {}", "({})", "a{}")
-    tokens = [encode([text.format(n) for n in numbers]) for text in texts]
-    single_token = {n: ids[0] for n, ids in zip(numbers, tokens[0], strict=True) if len(ids) == 1}
-    by_number = zip(numbers, *tokens, strict=True)
-    return single_token, {
-        n: {token for ids in encodings for token in ids} for n, *encodings in by_number
-    }
-
-
 def read_encoder(folder: Path) -> Encoder | None:
     """Read the encoder of a folder's ``tokenizer.json``.
 
@@ -137,16 +123,11 @@ def read_encoder(folder: Path) -> Encoder | None:
         return None
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
-        try:
-            with reading(path, "The tokenizer", "Save the tokenizer again.", fault="cannot encode"):
-                encodings = tokenizer.encode_batch_fast([*texts], add_special_tokens=False)
-                return [encoding.ids for encoding in encodings]
-        except DataError:  # some tokenizers have nothing for what they do not know
-            if len(texts) == 1:
-                return [[]]
-            return [encode([text])[0] for text in texts]
+        with reading(path, "The tokenizer", "Save the tokenizer again.", fault="cannot encode"):
+            encodings = tokenizer.encode_batch_fast([*texts], add_special_tokens=False)
+            return [encoding.ids for encoding in encodings]
 
-    return encode
+    return partial(encode_known, encode)
 
 
 def find_word_rows(
