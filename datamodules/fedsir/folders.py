@@ -44,10 +44,9 @@ class ImageFolder(EncodedImages):
 
     Splits are ``train`` and ``test``. ``val`` is the test split if there is no ``test``, and is
     left out with a warning otherwise. Without either, a part of the images becomes the test split.
-    Links are followed; a folder without images is no class, and a warning names it,
-    as it does archives inside. Images are
-    decoded once, in parallel, into the cache (``FULGURITE_CACHE``). Its key is the content of a
-    zip, and the names, sizes and times of the files of a folder.
+    Links are followed; a folder without images is no class, and a warning names it, as it does
+    archives inside. Images are decoded once, in parallel, into the cache (``FULGURITE_CACHE``). Its
+    key is the content of a zip, and the names, sizes and times of the files of a folder.
 
     Images of 16 bits are scaled to 8, so that 65535 becomes 255 (and refused if most training
     images stay below 4096, since 8 bits would keep few values); images are rotated by their EXIF

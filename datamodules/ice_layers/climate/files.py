@@ -25,6 +25,11 @@ __all__ = ["ClimateFile", "check_same_grid", "read_steps"]
 
 _OPTION = "--data.init_args.source.init_args.climate.init_args"
 _TIMES = ("TIME", "time", "t")
+_LEAVE_FIELD_OUT = f"Leave the field out of `{_OPTION}.variables`, or give files that have it."
+_NAME_TIME = (
+    f"Call the time of its steps {_TIMES[0]} or {_TIMES[1]}, or leave the file out of "
+    f"`{_OPTION}.files`."
+)
 _COORDINATES = {"LAT": ("LAT", "latitude"), "LON": ("LON", "longitude"), "x": ("x",), "y": ("y",)}
 _SAME = 1e-5  # of the largest coordinate: single precision has less
 _FILLS = (999.0, -999.0, 9999.0, -9999.0)
@@ -136,21 +141,24 @@ class ClimateFile:
         variables = {name.lower(): v for name, v in self.dataset.variables.items()}
         return next((variables[name.lower()] for name in names if name.lower() in variables), None)
 
-    def need(self, names: Sequence[str], subject: str) -> NetcdfVariable:
+    def need(
+        self, names: Sequence[str], subject: str, hint: str = _LEAVE_FIELD_OUT
+    ) -> NetcdfVariable:
         """The first variable of these names; its absence is an error.
+
+        Args:
+            names: The names; capitals do not matter.
+            subject: What the variable is of, for the error.
+            hint: What to do about its absence.
 
         Raises:
             DataError: There is no such variable.
         """
         variable = self.find(names)
         if variable is None:
-            other = f"Leave the field out of `{_OPTION}.variables`, or give files that have it."
             raise DataError(
                 f"The climate file {self.path} has no variable for {subject} ({', '.join(names)}).",
-                f"Call the time of its steps {_TIMES[0]} or {_TIMES[1]}, or leave the file out of "
-                f"`{_OPTION}.files`."
-                if subject == "time"
-                else other,
+                hint,
             )
         return variable
 
@@ -176,7 +184,9 @@ class ClimateFile:
     @cached_property
     def _time_axis(self) -> Array:
         """Values of the time, NaN where one is missing. Shape: all steps of the file."""
-        return _mask_fill_values(self.dataset.read(self.need(_TIMES, "time").name), True).ravel()
+        return _mask_fill_values(
+            self.dataset.read(self.need(_TIMES, "time", _NAME_TIME).name), True
+        ).ravel()
 
     @property
     def _timed_steps(self) -> int:
@@ -204,7 +214,7 @@ class ClimateFile:
     @cached_property
     def _decoded_times(self) -> tuple[Array, Array]:
         """Stamps and bounds as in :meth:`times`, in the order of the file."""
-        variable = self.need(_TIMES, "time")
+        variable = self.need(_TIMES, "time", _NAME_TIME)
         attributes = variable.attributes
         bounds = self.dataset.variables.get(str(attributes.get("bounds")))
         hint = "Correct its values and its units (days since YYYY-MM-DD)."

@@ -292,8 +292,8 @@ def _read_kinds(content: dict[str, Any], twtt: Array, path: Path) -> Array:
     unknown: Array = np.full(twtt.shape, _AUTOMATIC)
     values = np.asarray(content.get("type", ()))
     # axes of length one may be gone
-    shapes = (sorted(n for n in array.shape if n != 1) for array in (values, twtt))
-    if values.dtype.kind not in "biuf" or next(shapes) != next(shapes):
+    shape, expected = (sorted(n for n in array.shape if n != 1) for array in (values, twtt))
+    if values.dtype.kind not in "biuf" or shape != expected:
         return unknown
     return _by_boundary(values, len(twtt), twtt.shape[1], path, name="type")
 
