@@ -199,9 +199,9 @@ def test_a_rate_that_rounding_changes_is_warned_of(rate, log):
     parts = list(torch.arange(1_000).split(500))
     noisy = NoisyClients(Symmetric(), rate, fraction=1.0, clean_cover=None)
     done = noisy(labels, parts, 100, make_generator(0))
-    share = float((done.labels != labels).double().mean())
-    assert share == round(5 * rate) / 5 != rate
-    assert f"{100 * share:.1f} % of the labels" in log.text
+    wrong_rate = float((done.labels != labels).double().mean())
+    assert wrong_rate == round(5 * rate) / 5 != rate
+    assert f"{100 * wrong_rate:.1f} % of the labels" in log.text
     assert f"{100 * rate:.1f} % were asked for" in log.text
     log.clear()
     noisy(torch.arange(1_000) % 10, parts, 10, make_generator(0))  # 50 of each class

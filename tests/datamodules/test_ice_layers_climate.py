@@ -146,8 +146,8 @@ def test_days_that_no_file_has_are_as_the_others_of_their_layer(tmp_path, log):
     whole = sample(tmp_path)
     assert not log.text
     end = float(np.datetime64("2013-01-01", "D").astype(int))
-    found = sample(tmp_path, edges=end + 12 - np.arange(3) * YEAR)  # 12 days are missing
-    np.testing.assert_allclose(found.physics, whole.physics, rtol=1e-6)
+    fields = sample(tmp_path, edges=end + 12 - np.arange(3) * YEAR)  # 12 days are missing
+    np.testing.assert_allclose(fields.physics, whole.physics, rtol=1e-6)
     assert "lack some days of layers of 1 of 1 flights" in log.text
 
 

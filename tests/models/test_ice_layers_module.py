@@ -437,8 +437,8 @@ class OwnNet(nn.Module):
         self.is_masked, self.is_flat = is_masked, is_flat
 
     def forward(self, thickness, visible, physics, pos, degrees, distance, track):
-        shown = torch.where(visible, thickness, 0.0) if self.is_masked else thickness
-        out = self.linear(torch.cat([shown[..., None], physics], -1))
+        visible_thickness = torch.where(visible, thickness, 0.0) if self.is_masked else thickness
+        out = self.linear(torch.cat([visible_thickness[..., None], physics], -1))
         return out.squeeze(-1) if self.is_flat else out
 
 

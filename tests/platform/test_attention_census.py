@@ -92,13 +92,13 @@ def test_causal_biases_of_pytorch_are_made_as_without(make_bias):
         return F.scaled_dot_product_attention(q[:, None, :5], k[:, None], v[:, None], bias(5, 9))
 
     def bias(queries, keys):
-        made.append(make_bias(queries, keys))
-        return made[-1]
+        biases.append(make_bias(queries, keys))
+        return biases[-1]
 
-    made = []
+    biases = []
     assert count(attend) == 1
     bias(5, 9)  # the constructor is PyTorch's own again
-    first, second = made
+    first, second = biases
     assert type(first) is type(second)
     assert (first.variant, first.seq_len_q, first.seq_len_kv) == (second.variant, 5, 9)
     assert "__new__" not in vars(type(first))
